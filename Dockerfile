@@ -1,0 +1,44 @@
+# The CPU image, used twice: as the base image that Nuclio puts its processor on (function.yaml
+# names its tag), and alone, where it serves the function over plain HTTP:
+#     docker run --rm -p 127.0.0.1:8070:8070 cvat.pytorch.facebookresearch.sam2_tracker.base
+FROM python:3.11.13-slim-bookworm
+
+ENV PYTHONUNBUFFERED=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    HF_HOME=/opt/huggingface
+
+RUN groupadd --gid 1000 sam2 && useradd --uid 1000 --gid 1000 --create-home sam2
+
+# Nuclio copies the function's folder here
+WORKDIR /opt/nuclio
+
+# What changes least comes first: PyTorch, the other packages, the weights, the code.
+# An extra index, not the only one: PyTorch's does not carry setuptools as pinned. Of equal versions
+# pip prefers the one with a local part (+cpu); the check stops a build that got CUDA all the same.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+COPY requirements-torch.txt requirements.txt /opt/requirements/
+RUN pip install --extra-index-url "$TORCH_INDEX" \
+        --requirement /opt/requirements/requirements-torch.txt \
+    && python -c "import torch; assert torch.version.cuda is None, 'this wheel is with CUDA'"
+RUN SAM2_BUILD_CUDA=0 pip install --no-build-isolation \
+        --requirement /opt/requirements/requirements.txt
+
+# The model whose weights are baked in; `micro` bakes none, its weights lie in weights/.
+ARG SAM2_MODEL_ID=facebook/sam2.1-hiera-tiny
+COPY download_weights.py /opt/requirements/
+RUN python /opt/requirements/download_weights.py "$SAM2_MODEL_ID"
+ENV SAM2_MODEL_ID=$SAM2_MODEL_ID \
+    HF_HUB_OFFLINE=1
+
+COPY weights/ weights/
+COPY *.py ./
+
+# A number, so that Kubernetes can see that it is not root
+USER 1000:1000
+EXPOSE 8070
+# The opener without proxies: http_proxy in the container must not catch 127.0.0.1.
+# Nuclio's image brings a health check of its own instead of this one.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=3 CMD ["python", "-c", \
+    "from urllib.request import ProxyHandler as P, build_opener as b; b(P({})).open('http://127.0.0.1:8070/healthz', timeout=4)"]
+CMD ["python", "local_server.py", "--host", "0.0.0.0", "--port", "8070"]
