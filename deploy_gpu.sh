@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Deploys the GPU function to Nuclio for CVAT; --help tells the options.
+
+set -euo pipefail
+
+script_folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=deploy_lib.sh
+source "$script_folder/deploy_lib.sh"
+
+deploy GPU function-gpu.yaml "$script_folder" "$@"

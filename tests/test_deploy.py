@@ -1,0 +1,658 @@
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+RECORDER = Path(__file__).parent / "stubs" / "recorder.py"
+NAME = "pth-facebookresearch-sam2-tracker"
+BASE_IMAGE = "cvat.pytorch.facebookresearch.sam2_tracker.base"
+NETWORK = '{"attributes": {"network": "cvat_cvat"}}'
+STAGED = "<staged>"
+IMAGE = "{{.Config.Image}}"  # how the dashboard's version is asked for
+
+# What the scripts need besides docker, nuctl, curl and kubectl.
+SHELL_TOOLS = [
+    *("basename", "bash", "cat", "chmod", "cp", "cut", "dirname", "env", "grep", "head"),
+    *("mktemp", "rm", "sed", "sh", "tr"),
+]
+EXIT_FAILED, EXIT_USAGE, EXIT_MISSING, EXIT_SELF_TEST = 1, 2, 3, 4
+
+Answer = tuple[str, list[str], str, int]
+
+
+def function_status(**changes: str) -> str:
+    """Return what `nuctl get function --output json` says of a function that is well."""
+    fields = {"project": "cvat", "namespace": "nuclio", "type": "tracker", "state": "ready"}
+    fields |= changes
+    status = {
+        "metadata": {
+            "name": NAME,
+            "namespace": fields["namespace"],
+            "labels": {"nuclio.io/project-name": fields["project"]},
+            "annotations": {"name": "Segment Anything 2: Tracker", "type": fields["type"]},
+        },
+        "spec": {"handler": "main:handler"},
+        "status": {"state": fields["state"], "httpPort": 49153},
+    }
+    return json.dumps(status, indent="\t") + "\n"
+
+
+HEALTHY: list[Answer] = [
+    ("docker", [IMAGE], "quay.io/nuclio/dashboard:1.13.0-amd64\n", 0),
+    ("docker", ["info"], '{"Runtimes": {"nvidia": {}, "runc": {}}}\n', 0),
+    ("nuctl", ["version"], 'Client version:\n"Label: 1.13.0, Git commit: 0, OS: linux"\n', 0),
+    ("nuctl", ["get", "project"], "", 1),
+    ("nuctl", ["get", "function"], function_status(), 0),
+    ("curl", ["http://127.0.0.1:49153/healthz"], '{"status": "ok"}', 0),
+    ("curl", ["http://127.0.0.1:49153/"], '{"shapes": [], "states": ["track.step"]}', 0),
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a script did: its exit status, its text, and the command lines it started."""
+
+    status: int
+    text: str
+    calls: list[list[str]]
+
+    def of(self, *prefix: str) -> list[list[str]]:
+        """Return the calls that begin with these words."""
+        return [call for call in self.calls if tuple(call[: len(prefix)]) == prefix]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A PATH on which only stand-ins and a few shell tools are found."""
+
+    folder: Path
+
+    @property
+    def bin(self) -> Path:
+        """The one folder of PATH."""
+        return self.folder / "bin"
+
+    def remove(self, tool: str) -> None:
+        """Make a tool missing."""
+        (self.bin / tool).unlink()
+
+    def run(
+        self,
+        script: str | Path,
+        *arguments: str | Path,
+        answers: list[Answer] | None = None,
+        env: dict[str, str] | None = None,
+    ) -> Outcome:
+        """Run a script of the repository, or a copy of it, to its end."""
+        (self.folder / "answers.json").write_text(json.dumps((answers or []) + HEALTHY))
+        (self.folder / "calls.jsonl").write_text("")
+        done = subprocess.run(
+            [str(REPOSITORY / script), *map(str, arguments)],
+            env={"PATH": str(self.bin), "RECORDER_FOLDER": str(self.folder), "HOME": "/"}
+            | (env or {}),
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        lines = (self.folder / "calls.jsonl").read_text().splitlines()
+        return Outcome(done.returncode, done.stdout, [_unstage(json.loads(line)) for line in lines])
+
+
+def _unstage(call: list[str]) -> list[str]:
+    """Name the temporary folder of the copied function, which differs from run to run."""
+    if "--path" not in call:
+        return call
+    staged = call[call.index("--path") + 1]
+    return [word.replace(staged, STAGED) for word in call]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    """Give a machine on which everything is there and every command succeeds."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    for tool in SHELL_TOOLS:
+        found = shutil.which(tool)
+        assert found, f"{tool} is missing on this machine"
+        (bin_folder / tool).symlink_to(found)
+    for tool in ("docker", "nuctl", "curl", "kubectl"):
+        stub = bin_folder / tool
+        stub.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{RECORDER}" {tool} "$@"\n')
+        stub.chmod(0o755)
+    return Machine(tmp_path)
+
+
+def nuctl_deploy(yaml: str, *options: str, platform: str = "local") -> list[str]:
+    """Return the deploying command line as CVAT's scripts have it, with these options after it."""
+    return [
+        *("nuctl", "deploy", "--project-name", "cvat", "--path", STAGED),
+        *("--file", f"{STAGED}/{yaml}", "--platform", platform, *options),
+    ]
+
+
+def cvat_redis() -> list[str]:
+    """Return the options with which CVAT's scripts name its own Redis."""
+    return [
+        *("--env", "CVAT_FUNCTIONS_REDIS_HOST=cvat_redis_ondisk"),
+        *("--env", "CVAT_FUNCTIONS_REDIS_PORT=6666"),
+    ]
+
+
+def test_cpu_deployment_runs_the_command_lines_of_cvats_script(machine: Machine) -> None:
+    """The base image is built and tagged, the project made, the function deployed, then asked."""
+    outcome = machine.run("deploy_cpu.sh")
+
+    assert outcome.status == 0, outcome.text
+    assert outcome.of("docker", "build") == [
+        ["docker", "build", "--tag", BASE_IMAGE, str(REPOSITORY)]
+    ]
+    assert outcome.of("nuctl", "create") == [
+        ["nuctl", "create", "project", "cvat", "--platform", "local"]
+    ]
+    assert outcome.of("nuctl", "deploy") == [
+        nuctl_deploy("function.yaml", *cvat_redis(), "--platform-config", NETWORK)
+    ]
+    assert "CVAT will list it: AI Tools, Trackers, Segment Anything 2: Tracker" in outcome.text
+
+
+def test_gpu_deployment_builds_no_base_image(machine: Machine) -> None:
+    """Like CVAT's script: function-gpu.yaml builds from public images alone."""
+    outcome = machine.run("deploy_gpu.sh")
+
+    assert outcome.status == 0, outcome.text
+    assert outcome.of("docker", "build") == []
+    assert outcome.of("nuctl", "deploy") == [
+        nuctl_deploy("function-gpu.yaml", *cvat_redis(), "--platform-config", NETWORK)
+    ]
+
+
+@pytest.mark.parametrize("given", ["sam2 tracker", "sam2 tracker/nuclio"])
+def test_folder_with_spaces_stays_one_word(machine: Machine, given: str) -> None:
+    """The function's folder, or the one that CVAT's layout puts around it, may be given."""
+    folder = copy_function(machine.folder / "my functions" / "sam2 tracker" / "nuclio")
+
+    outcome = machine.run("deploy_cpu.sh", machine.folder / "my functions" / given)
+
+    assert outcome.status == 0, outcome.text
+    assert outcome.of("docker", "build")[0] == ["docker", "build", "--tag", BASE_IMAGE, str(folder)]
+    assert len(outcome.of("nuctl", "deploy")) == 1
+
+
+def test_scripts_deploy_their_own_folder_inside_a_cvat_checkout(machine: Machine) -> None:
+    """Copied into CVAT's tree, the scripts make the tag that CVAT's own script makes."""
+    serverless = machine.folder / "cvat" / "serverless"
+    folder = copy_function(
+        serverless / "pytorch" / "facebookresearch" / "sam2_tracker" / "nuclio", scripts=True
+    )
+
+    outcome = machine.run(folder / "deploy_cpu.sh")
+
+    assert outcome.status == 0, outcome.text
+    assert outcome.of("docker", "build") == [cvats_docker_build(folder / "function.yaml")]
+
+
+def test_cvats_own_scripts_find_one_function_and_make_the_tag_it_names() -> None:
+    """CVAT deploys every function.yaml below the folder: there must be no second one."""
+    for name in ("function.yaml", "function-gpu.yaml"):
+        assert [path for path in repository_files() if path.name == name] == [REPOSITORY / name]
+    checkout = Path("/cvat/serverless/pytorch/facebookresearch/sam2_tracker/nuclio/function.yaml")
+
+    assert f"baseImage: {cvats_docker_build(checkout)[3]}" in (
+        (REPOSITORY / "function.yaml").read_text()
+    )
+
+
+def test_nuctl_gets_a_copy_of_what_the_function_is_made_of(machine: Machine) -> None:
+    """A virtual environment in the folder, 5 GB with links that nuctl cannot copy, stays out."""
+    folder = copy_function(machine.folder / "function")
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / "lib64").symlink_to(folder)
+    (folder / "main.py").chmod(0o600)
+
+    outcome = machine.run("deploy_cpu.sh", folder)
+
+    assert outcome.status == 0, outcome.text
+    staged = machine.folder / "staged"
+    assert not (staged / ".venv").exists()
+    assert (staged / "function.yaml").exists()
+    assert not (staged / "function-gpu.yaml").exists()
+    assert (staged / "weights" / "micro" / "config.yaml").exists()
+    assert (staged / "main.py").stat().st_mode & 0o444 == 0o444
+    assert staged.stat().st_mode & 0o555 == 0o555
+
+
+def test_copy_and_image_hold_every_module_that_the_doors_import() -> None:
+    """Modules are flat: what main.py and local_server.py import lies beside them as a file."""
+    seen: set[str] = set()
+    todo = ["main", "local_server", "download_weights"]
+    while todo:
+        name = todo.pop()
+        if name in seen or not (REPOSITORY / f"{name}.py").exists():
+            assert not (REPOSITORY / name).is_dir(), f"{name} is a package: COPY *.py misses it"
+            continue
+        seen.add(name)
+        todo += imported_names((REPOSITORY / f"{name}.py").read_text())
+
+    assert seen >= {"main", "settings", "shapes", "download_weights"}
+
+
+def test_redis_settings_are_handed_on_and_the_password_is_shown_nowhere(machine: Machine) -> None:
+    """Not in the commands that are printed, nor in what nuctl says when it fails."""
+    password = "p&ss w$rd"
+    env = {
+        "CVAT_FUNCTIONS_REDIS_HOST": "redis.example.com",
+        "CVAT_FUNCTIONS_REDIS_PORT": "6380",
+        "CVAT_FUNCTIONS_REDIS_PASSWORD": password,
+        "CVAT_FUNCTIONS_REDIS_SSL": "true",
+    }
+    expected = nuctl_deploy(
+        "function.yaml",
+        *("--env", "CVAT_FUNCTIONS_REDIS_HOST=redis.example.com"),
+        *("--env", "CVAT_FUNCTIONS_REDIS_PORT=6380"),
+        *("--env", f"CVAT_FUNCTIONS_REDIS_PASSWORD={password}"),
+        *("--env", "CVAT_FUNCTIONS_REDIS_SSL=true"),
+        *("--platform-config", NETWORK),
+    )
+
+    fine = machine.run("deploy_cpu.sh", env=env)
+    noisy = machine.run(
+        "deploy_cpu.sh",
+        env=env,
+        answers=[("nuctl", ["deploy"], f"docker run --env X='{password}' failed\n", 1)],
+    )
+    dry = machine.run("deploy_cpu.sh", "--dry-run", env=env)
+
+    assert fine.of("nuctl", "deploy") == [expected]
+    assert "docker run --env X='***' failed" in noisy.text
+    for outcome in (fine, noisy, dry):
+        assert "CVAT_FUNCTIONS_REDIS_PASSWORD=***" in outcome.text
+        assert "w$rd" not in outcome.text
+        assert "w\\$rd" not in outcome.text
+
+
+def test_password_given_as_an_option_is_hidden_too(machine: Machine) -> None:
+    """--env of a Redis setting is the same as the setting in the environment."""
+    outcome = machine.run(
+        "deploy_gpu.sh",
+        *("--env", "CVAT_FUNCTIONS_REDIS_HOST=h", "--env", "CVAT_FUNCTIONS_REDIS_PASSWORD=hunter2"),
+        *("--env", "SAM2_DEVICE=cuda:1"),
+    )
+
+    assert "hunter2" not in outcome.text
+    assert outcome.of("nuctl", "deploy") == [
+        nuctl_deploy(
+            "function-gpu.yaml",
+            *("--env", "CVAT_FUNCTIONS_REDIS_HOST=h"),
+            *("--env", "CVAT_FUNCTIONS_REDIS_PASSWORD=hunter2"),
+            *("--env", "SAM2_DEVICE=cuda:1"),
+            *("--platform-config", NETWORK),
+        )
+    ]
+
+
+def test_value_that_nuctl_would_hand_to_a_shell_is_refused(machine: Machine) -> None:
+    """On the local platform nuctl puts values between single quotes, unescaped."""
+    env = {"CVAT_FUNCTIONS_REDIS_PASSWORD": "it's"}
+
+    refused = machine.run("deploy_cpu.sh", env=env)
+    on_kubernetes = machine.run(
+        "deploy_cpu.sh", "--platform", "kube", "--registry", "r.example.com", env=env
+    )
+
+    assert (refused.status, refused.calls) == (EXIT_USAGE, [])
+    assert "single quote" in refused.text
+    assert on_kubernetes.of("nuctl", "deploy")
+
+
+def test_empty_redis_host_keeps_the_tracks_inside_the_function(machine: Machine) -> None:
+    """Set but empty is a choice, not a gap to fill with CVAT's Redis."""
+    outcome = machine.run("deploy_cpu.sh", env={"CVAT_FUNCTIONS_REDIS_HOST": ""})
+
+    assert outcome.of("nuctl", "deploy") == [
+        nuctl_deploy("function.yaml", "--platform-config", NETWORK)
+    ]
+
+
+def test_kubernetes_deployment_names_registry_and_namespace(machine: Machine) -> None:
+    """No Docker network, no Redis of CVAT's compose files; the self-test goes through kubectl."""
+    proxy = f"/api/v1/namespaces/cvat/services/nuclio-{NAME}:8080/proxy"
+    started = '{"states": ["track.step"]}'
+
+    outcome = machine.run(
+        "deploy_gpu.sh",
+        *("--platform", "kube", "--namespace", "cvat", "--registry", "registry.example.com/cv"),
+        env={"CVAT_FUNCTIONS_REDIS_HOST": "redis.cvat.svc"},
+        answers=[
+            ("nuctl", ["get", "function"], function_status(namespace="cvat"), 0),
+            ("kubectl", ["create"], started, 0),
+        ],
+    )
+
+    assert outcome.status == 0, outcome.text
+    assert outcome.of("nuctl", "create") == [
+        ["nuctl", "create", "project", "cvat", "--platform", "kube", "--namespace", "cvat"]
+    ]
+    assert outcome.of("nuctl", "deploy") == [
+        nuctl_deploy(
+            "function-gpu.yaml",
+            *("--namespace", "cvat", "--env", "CVAT_FUNCTIONS_REDIS_HOST=redis.cvat.svc"),
+            *("--registry", "registry.example.com/cv"),
+            platform="kube",
+        )
+    ]
+    assert outcome.of("docker", "network") == []
+    assert outcome.of("kubectl") == [
+        ["kubectl", "get", "--raw", f"{proxy}/healthz"],
+        ["kubectl", "create", "--raw", f"{proxy}/", "--filename", "-"],
+        ["kubectl", "create", "--raw", f"{proxy}/", "--filename", "-"],
+    ]
+    assert "CVAT will list it" in outcome.text
+
+
+def test_existing_project_is_left_alone(machine: Machine) -> None:
+    """On Kubernetes, creating a project that is there is an error."""
+    outcome = machine.run("deploy_cpu.sh", answers=[("nuctl", ["get", "project"], "cvat\n", 0)])
+
+    assert outcome.of("nuctl", "create") == []
+    assert outcome.status == 0, outcome.text
+
+
+@pytest.mark.parametrize(
+    ("script", "yaml_line", "build_words"),
+    [
+        ("deploy_cpu.sh", None, ["--build-arg", "SAM2_MODEL_ID=facebook/sam2.1-hiera-large"]),
+        ("deploy_gpu.sh", "value: SAM2_MODEL_ID=facebook/sam2.1-hiera-large", None),
+    ],
+)
+def test_model_is_chosen_by_one_option_or_variable(
+    machine: Machine, script: str, yaml_line: str | None, build_words: list[str] | None
+) -> None:
+    """It becomes a build argument: of the base image, or in the copied GPU yaml."""
+    outcome = machine.run(script, env={"SAM2_MODEL_ID": "facebook/sam2.1-hiera-large"})
+
+    assert outcome.status == 0, outcome.text
+    if build_words:
+        assert outcome.of("docker", "build")[0][4:6] == build_words
+    if yaml_line:
+        staged = (machine.folder / "staged" / "function-gpu.yaml").read_text()
+        assert yaml_line in staged
+        assert "SAM2_MODEL_ID=facebook/sam2.1-hiera-tiny" not in staged
+
+
+def test_proxies_reach_the_build_without_being_printed(machine: Machine) -> None:
+    """A proxy's URL may hold a password: Docker reads it from the environment."""
+    proxy = "http://user:hunter2@proxy.example.com:3128"
+
+    outcome = machine.run("deploy_cpu.sh", env={"https_proxy": proxy})
+
+    assert outcome.of("docker", "build")[0][4:6] == ["--build-arg", "https_proxy"]
+    assert "hunter2" not in outcome.text
+
+
+def test_dry_run_prints_the_commands_and_runs_none(machine: Machine) -> None:
+    """It needs neither docker nor nuctl."""
+    machine.remove("docker")
+    machine.remove("nuctl")
+
+    outcome = machine.run("deploy_cpu.sh", "--dry-run")
+
+    assert (outcome.status, outcome.calls) == (0, [])
+    printed = [line for line in outcome.text.splitlines() if line.startswith("+ ")]
+    assert [line.split()[1:3] for line in printed] == [
+        ["docker", "build"],
+        ["nuctl", "create"],
+        ["nuctl", "deploy"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tool", "message"),
+    [
+        ("docker", "docker is not installed"),
+        ("nuctl", "nuctl is not installed"),
+        ("curl", "curl is not installed"),
+    ],
+)
+def test_missing_tool_is_named_before_anything_is_built(
+    machine: Machine, tool: str, message: str
+) -> None:
+    """The check looks at everything, so that one run tells the whole list."""
+    machine.remove(tool)
+
+    outcome = machine.run("deploy_cpu.sh")
+
+    assert outcome.status == EXIT_MISSING
+    assert message in outcome.text
+    assert outcome.of("docker", "build") == []
+    assert outcome.of("nuctl", "deploy") == []
+
+
+@pytest.mark.parametrize(
+    ("script", "answer", "message"),
+    [
+        ("deploy_cpu.sh", ("docker", ["info"], "", 1), "Docker daemon does not answer"),
+        ("deploy_cpu.sh", ("docker", ["network"], "", 1), "Docker network cvat_cvat is not there"),
+        ("deploy_gpu.sh", ("docker", ["--format", "{{json .}}"], "{}", 0), "cannot hand out GPUs"),
+    ],
+)
+def test_machine_that_cannot_run_the_function_is_told_so(
+    machine: Machine, script: str, answer: Answer, message: str
+) -> None:
+    """Each thing that is missing is named, with what to do."""
+    outcome = machine.run(script, answers=[answer])
+
+    assert outcome.status == EXIT_MISSING
+    assert message in outcome.text
+    assert outcome.of("nuctl", "deploy") == []
+
+
+def test_kubernetes_without_a_registry_is_told_so(machine: Machine) -> None:
+    """The cluster has to pull the image from somewhere."""
+    outcome = machine.run("deploy_gpu.sh", "--platform", "kube")
+
+    assert outcome.status == EXIT_MISSING
+    assert "--registry" in outcome.text
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (("docker", [IMAGE], "dashboard:1.8.14-amd64", 0), "nuctl is 1.13.0, Nuclio's dash"),
+        (("docker", [IMAGE], "", 1), "no container named nuclio"),
+    ],
+)
+def test_doubtful_nuclio_is_a_warning(machine: Machine, answer: Answer, message: str) -> None:
+    """Other versions often work together, and a dashboard may start later."""
+    outcome = machine.run("deploy_cpu.sh", answers=[answer])
+
+    assert outcome.status == 0, outcome.text
+    assert f"Warning: {message}" in outcome.text
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (("docker", ["build"], "no space left on device\n", 1), "base image was not built"),
+        (("nuctl", ["create"], "forbidden\n", 1), "project cvat was not created"),
+    ],
+)
+def test_nothing_is_deployed_after_a_failure(
+    machine: Machine, answer: Answer, message: str
+) -> None:
+    """The failed command's own words are shown, then what it means."""
+    outcome = machine.run("deploy_cpu.sh", answers=[answer])
+
+    assert outcome.status == EXIT_FAILED
+    assert answer[2] in outcome.text
+    assert message in outcome.text
+    assert outcome.of("nuctl", "deploy") == []
+
+
+def test_failed_deployment_is_not_tested(machine: Machine) -> None:
+    """What the port answers then would come from an older function."""
+    outcome = machine.run("deploy_cpu.sh", answers=[("nuctl", ["deploy"], "boom\n", 1)])
+
+    assert outcome.status == EXIT_FAILED
+    assert "was not deployed" in outcome.text
+    assert outcome.of("curl") == []
+
+
+def test_self_test_tracks_one_object_on_the_functions_own_port(machine: Machine) -> None:
+    """Health, then a rectangle on one frame, then the state it answered, as CVAT sends it."""
+    outcome = machine.run("deploy_cpu.sh")
+
+    health, start, go_on = outcome.of("curl")
+    assert health[-1] == "http://127.0.0.1:49153/healthz"
+    assert "--noproxy" in health
+    first, second = (json.loads(call[call.index("--data") + 1]) for call in (start, go_on))
+    assert first["shapes"] == [{"type": "rectangle", "points": [16, 16, 48, 48]}]
+    assert first["states"] == []
+    assert (second["shapes"], second["states"]) == ([None], ["track.step"])
+    assert "Self-test passed" in outcome.text
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (("curl", ["http://127.0.0.1:49153/healthz"], "", 22), "is not healthy"),
+        (("curl", ["http://127.0.0.1:49153/"], "", 22), "does not start a track"),
+        (("curl", ["http://127.0.0.1:49153/"], '{"states": []}', 0), "answered no state"),
+        (("nuctl", ["get", "function"], "", 1), "does not find the function"),
+    ],
+)
+def test_function_that_does_not_answer_fails_the_self_test(
+    machine: Machine, answer: Answer, message: str
+) -> None:
+    """The message says which step failed and where the log is."""
+    outcome = machine.run("deploy_cpu.sh", answers=[answer])
+
+    assert outcome.status == EXIT_SELF_TEST
+    assert message in outcome.text
+    assert "CVAT will list it" not in outcome.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"project": "default"}, "its project is not cvat"),
+        ({"namespace": "lab"}, "its namespace is lab, not nuclio"),
+        ({"type": "detector"}, "its annotation type is not tracker"),
+        ({"state": "error"}, "its state is not ready"),
+    ],
+)
+def test_function_that_cvat_will_not_list_is_told_so(
+    machine: Machine, changes: dict[str, str], reason: str
+) -> None:
+    """Deployed and invisible is the most common trouble: one line gives the reason."""
+    outcome = machine.run(
+        "deploy_cpu.sh", answers=[("nuctl", ["get", "function"], function_status(**changes), 0)]
+    )
+
+    assert outcome.status == EXIT_SELF_TEST
+    assert f"CVAT will not list it: {reason}" in outcome.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--platform", "swarm"], "expected local or kube"),
+        (["--platform"], "needs a value"),
+        (["--env", "NOVALUE"], "NAME=VALUE"),
+        (["--model", "a b"], "not a model id"),
+        (["--frobnicate"], "not an option"),
+        (["one", "two"], "one folder at a time"),
+        (["/nowhere"], "has no function.yaml"),
+    ],
+)
+def test_wrong_options_are_refused_with_what_is_expected(
+    machine: Machine, arguments: list[str], message: str
+) -> None:
+    """Nothing has been started by then."""
+    outcome = machine.run("deploy_cpu.sh", *arguments)
+
+    assert (outcome.status, outcome.calls) == (EXIT_USAGE, [])
+    assert message in outcome.text
+
+
+def test_help_names_every_option(machine: Machine) -> None:
+    """The options in the text are those that the script knows."""
+    known = re.findall(r"(--[a-z-]+)(?= \||\))", (REPOSITORY / "deploy_lib.sh").read_text())
+
+    outcome = machine.run("deploy_gpu.sh", "--help")
+
+    assert outcome.status == 0
+    assert len(known) >= 10
+    assert [option for option in known if option not in outcome.text] == []
+
+
+@pytest.mark.skipif(
+    shutil.which("shellcheck") is None and "CI" not in os.environ, reason="no shellcheck here"
+)
+def test_scripts_are_shellcheck_clean() -> None:
+    """Quoting mistakes are what shell scripts die of."""
+    done = subprocess.run(
+        ["shellcheck", "--external-sources", "deploy_cpu.sh", "deploy_gpu.sh", "deploy_lib.sh"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout
+
+
+def copy_function(target: Path, *, scripts: bool = False) -> Path:
+    """Make a folder like the repository's root, with stand-ins for the code."""
+    (target / "weights" / "micro").mkdir(parents=True)
+    (target / "weights" / "micro" / "config.yaml").write_text("")
+    (target / "main.py").write_text("")
+    names = ["function.yaml", "function-gpu.yaml", "Dockerfile"]
+    names += ["requirements.txt", "requirements-torch.txt"]
+    if scripts:
+        names += ["deploy_cpu.sh", "deploy_gpu.sh", "deploy_lib.sh"]
+    for name in names:
+        shutil.copy(REPOSITORY / name, target / name)
+    return target
+
+
+def cvats_docker_build(config: Path) -> list[str]:
+    """Return what CVAT's deploy_cpu.sh starts for a function.yaml below `serverless/`.
+
+    Source: serverless/deploy_cpu.sh of CVAT. The tag is made of the path from `serverless/` to the
+    folder above the one that holds the yaml.
+    """
+    folder = config.parent
+    serverless = next(parent for parent in config.parents if parent.name == "serverless")
+    tag = str(folder.parent.relative_to(serverless)).replace("/", ".")
+    return ["docker", "build", "--tag", f"cvat.{tag}.base", str(folder)]
+
+
+def repository_files() -> Iterator[Path]:
+    """Yield the files that a copy of the repository would hold."""
+    for folder, names, files in os.walk(REPOSITORY):
+        names[:] = [name for name in names if not name.startswith(".") and name != "out"]
+        yield from (Path(folder, name) for name in files)
+
+
+def imported_names(source: str) -> list[str]:
+    """Return the top-level names that a module's text imports."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name.split(".")[0] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.append(node.module.split(".")[0])
+    return names
