@@ -1,0 +1,437 @@
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from settings import DEFAULT_MODEL_ID, Limits, Settings
+from shapes import ShapeType
+
+REPOSITORY = Path(__file__).parent.parent
+CPU = REPOSITORY / "function.yaml"
+GPU = REPOSITORY / "function-gpu.yaml"
+KUBERNETES = REPOSITORY / "deploy" / "kubernetes" / "tracker.yaml"
+CONFIGS = [CPU, GPU, KUBERNETES]
+DOCKERFILE = REPOSITORY / "Dockerfile"
+
+# Fields and types of Nuclio's function configuration: a dict names all its fields, `{...: type}`
+# is a map with free keys, `[type]` a list.
+# Source: pkg/functionconfig/types.go, pkg/processor/trigger/http/types.go and
+# pkg/platform/local/types.go of Nuclio; Kubernetes' core v1 types for what these embed.
+TEXTS = {...: str}
+QUANTITIES = {...: (str, int)}
+DIRECTIVE = {"kind": str, "value": str}
+KEY_OF = {"name": str, "key": str, "optional": bool}
+ENV = {
+    "name": str,
+    "value": str,
+    "valueFrom": {"secretKeyRef": KEY_OF, "configMapKeyRef": KEY_OF},
+}
+RESTART_POLICY = {"name": str, "maximumRetryCount": int}
+HTTP_ATTRIBUTES = {
+    "port": int,
+    "readBufferSize": int,
+    "maxRequestBodySize": int,
+    "reduceMemoryUsage": bool,
+    "disablePortPublishing": bool,
+    "serviceType": str,
+    "ingresses": {...: {"host": str, "paths": [str], "pathType": str, "secretName": str}},
+}
+TRIGGER = {
+    "class": str,
+    "kind": str,
+    "name": str,
+    "disabled": bool,
+    "numWorkers": int,
+    "url": str,
+    "annotations": TEXTS,
+    "workerTerminationTimeout": str,
+    "workerAvailabilityTimeoutMilliseconds": int,
+    "attributes": HTTP_ATTRIBUTES,
+}
+BUILD = {
+    "path": str,
+    "registry": str,
+    "baseImageRegistry": str,
+    "image": str,
+    "noBaseImagesPull": bool,
+    "noCache": bool,
+    "baseImage": str,
+    "commands": [str],
+    "directives": {"preCopy": [DIRECTIVE], "postCopy": [DIRECTIVE]},
+    "onbuildImage": str,
+    "offline": bool,
+    "buildTimeoutSeconds": int,
+    "mode": str,
+    "args": TEXTS,
+    "flags": [str],
+}
+VOLUME = {
+    "volume": {
+        "name": str,
+        "secret": {"secretName": str, "optional": bool},
+        "hostPath": {"path": str, "type": str},
+        "persistentVolumeClaim": {"claimName": str, "readOnly": bool},
+        "emptyDir": {"medium": str, "sizeLimit": str},
+    },
+    "volumeMount": {"name": str, "mountPath": str, "subPath": str, "readOnly": bool},
+}
+TOLERATION = {
+    "key": str,
+    "operator": str,
+    "value": str,
+    "effect": str,
+    "tolerationSeconds": int,
+}
+SPEC = {
+    "description": str,
+    "disable": bool,
+    "handler": str,
+    "runtime": str,
+    "env": [ENV],
+    "resources": {"limits": QUANTITIES, "requests": QUANTITIES},
+    "image": str,
+    "replicas": int,
+    "minReplicas": int,
+    "maxReplicas": int,
+    "targetCPU": int,
+    "triggers": {...: TRIGGER},
+    "volumes": [VOLUME],
+    "build": BUILD,
+    "runRegistry": str,
+    "imagePullSecrets": str,
+    "loggerSinks": [{"level": str, "sink": str}],
+    "platform": {
+        "attributes": {
+            "network": str,
+            "restartPolicy": RESTART_POLICY,
+            "healthCheckInterval": (str, int),
+        }
+    },
+    "readinessTimeoutSeconds": int,
+    "waitReadinessTimeoutBeforeFailure": bool,
+    "serviceType": str,
+    "imagePullPolicy": str,
+    "securityContext": {
+        "runAsUser": int,
+        "runAsGroup": int,
+        "runAsNonRoot": bool,
+        "fsGroup": int,
+    },
+    "serviceAccount": str,
+    "nodeSelector": TEXTS,
+    "tolerations": [TOLERATION],
+    "priorityClassName": str,
+    "eventTimeout": str,
+}
+CONFIG = {
+    "metadata": {"name": str, "namespace": str, "labels": TEXTS, "annotations": TEXTS},
+    "spec": SPEC,
+}
+
+
+def complaints(value: Any, schema: Any, place: str = "") -> list[str]:
+    """Return where a value differs from a schema of fields and types."""
+    if isinstance(schema, dict):
+        if not isinstance(value, dict):
+            return [f"{place}: expected a mapping, not {value!r}"]
+        found = []
+        for key, item in value.items():
+            inner = schema.get(key, schema.get(...))
+            if inner is None:
+                found.append(f"{place}.{key}: unknown field")
+            else:
+                found += complaints(item, inner, f"{place}.{key}")
+        return found
+    if isinstance(schema, list):
+        if not isinstance(value, list):
+            return [f"{place}: expected a list, not {value!r}"]
+        return [
+            complaint
+            for index, item in enumerate(value)
+            for complaint in complaints(item, schema[0], f"{place}[{index}]")
+        ]
+    types = schema if isinstance(schema, tuple) else (schema,)
+    if type(value) in types:  # not isinstance: a bool is an int
+        return []
+    return [f"{place}: expected {' or '.join(one.__name__ for one in types)}, not {value!r}"]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return a function configuration."""
+    config = yaml.safe_load(path.read_text())
+    assert isinstance(config, dict)
+    return config
+
+
+def trigger(path: Path) -> dict[str, Any]:
+    """Return the only trigger of a configuration."""
+    (only,) = read(path)["spec"]["triggers"].values()
+    assert isinstance(only, dict)
+    return only
+
+
+def directives(path: Path, when: str, kind: str) -> list[str]:
+    """Return the values of all build directives of a kind."""
+    found = read(path)["spec"]["build"]["directives"][when]
+    return [one["value"] for one in found if one["kind"] == kind]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_field_is_one_that_nuclio_knows(path: Path) -> None:
+    """Nuclio ignores unknown fields without a word, so a slip of the pen would stay unseen."""
+    assert complaints(read(path), CONFIG) == []
+
+
+def test_schema_finds_unknown_fields_and_wrong_types() -> None:
+    """`maxWorkers`, the trap of Nuclio 1.13, is one of the unknown ones."""
+    config = {
+        "metadata": {"annotations": {"version": 2}},
+        "spec": {"triggers": {"http": {"maxWorkers": 2, "numWorkers": True}}, "env": {}},
+    }
+
+    assert complaints(config, CONFIG) == [
+        ".metadata.annotations.version: expected str, not 2",
+        ".spec.triggers.http.maxWorkers: unknown field",
+        ".spec.triggers.http.numWorkers: expected int, not True",
+        ".spec.env: expected a list, not {}",
+    ]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_cvat_reads_a_tracker_for_four_shape_types(path: Path) -> None:
+    """The rules of CVAT's server (cvat/apps/lambda_manager), done again."""
+    metadata = read(path)["metadata"]
+    annotations = metadata["annotations"]
+
+    assert metadata["name"] == "pth-facebookresearch-sam2-tracker"
+    assert metadata["labels"]["nuclio.io/project-name"] == "cvat"
+    assert annotations.get("name", metadata["name"]) == "Segment Anything 2: Tracker"
+    assert annotations["type"] == "tracker"
+    assert json.loads(annotations.get("spec") or "[]") == []
+    assert int(annotations.get("version", "1")) == 2
+    assert int(annotations.get("min_pos_points", 1)) == 1
+    assert int(annotations.get("min_neg_points", -1)) == -1
+    # read with bool(str): any text, "false" too, would count as true
+    assert not annotations.keys() & {"startswith_box", "startswith_box_optional"}
+    types = annotations["supported_shape_types"].split(",")
+    assert [ShapeType(name) for name in types] == list(dict.fromkeys(map(ShapeType, types)))
+    assert set(types) == set(ShapeType)
+    assert read(path)["spec"]["description"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_all_configurations_describe_the_same_function(path: Path) -> None:
+    """The yaml files differ in where the function runs, not in what it is."""
+    reference = read(CPU)
+
+    config = read(path)
+
+    assert config["metadata"] == reference["metadata"]
+    for field in ("description", "runtime", "handler"):
+        assert config["spec"][field] == reference["spec"][field]
+    ours = trigger(path)
+    ours["attributes"].pop("serviceType", None)
+    assert ours == trigger(CPU)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_limits_of_nuclio_fit_those_of_the_function_and_of_cvat(path: Path) -> None:
+    """CVAT waits 120 s: a call queues for less, and is not killed before."""
+    cvat_timeout_s = 120
+    spec = read(path)["spec"]
+    seconds = re.fullmatch(r"(\d+)s", spec["eventTimeout"])
+    assert seconds
+
+    assert trigger(path)["attributes"]["maxRequestBodySize"] == Limits().body_bytes
+    assert trigger(path)["numWorkers"] == 1
+    assert int(seconds[1]) > 2 * cvat_timeout_s
+    assert 10_000 < trigger(path)["workerAvailabilityTimeoutMilliseconds"] < 1000 * cvat_timeout_s
+    assert spec["readinessTimeoutSeconds"] >= 300
+
+
+@pytest.mark.parametrize("path", [CPU, GPU], ids=lambda path: path.name)
+def test_docker_brings_a_dead_function_back(path: Path) -> None:
+    """A worker that ends takes the processor down with it."""
+    attributes = read(path)["spec"]["platform"]["attributes"]
+
+    assert attributes["restartPolicy"]["name"] == "always"
+
+
+@pytest.mark.parametrize("path", [CPU, GPU], ids=lambda path: path.name)
+def test_store_is_left_to_the_command_line(path: Path) -> None:
+    """A host in the yaml would win or clash where scripts give theirs with --env."""
+    assert "env" not in read(path)["spec"]
+    assert read(path)["spec"]["minReplicas"] == read(path)["spec"]["maxReplicas"] == 1
+
+
+def test_gpu_is_asked_for_where_it_is_needed() -> None:
+    """Docker and Kubernetes hand a GPU to a container that has this limit, and to no other."""
+    assert read(GPU)["spec"]["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert read(KUBERNETES)["spec"]["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert "nvidia.com/gpu" not in read(CPU)["spec"]["resources"]["limits"]
+    (environment, start) = directives(GPU, "preCopy", "ENV")
+    assert "NVIDIA_VISIBLE_DEVICES=all" in environment.split()
+    assert "SAM2_DEVICE=cuda" in start.split()
+
+
+@pytest.mark.parametrize("path", [CPU, GPU], ids=lambda path: path.name)
+def test_image_is_built_as_root_and_runs_as_somebody_else(path: Path) -> None:
+    """Nuclio installs its wheels before our last directives; a number satisfies Kubernetes."""
+    found = read(path)["spec"]["build"]["directives"]
+
+    assert found["postCopy"][-1] == {"kind": "USER", "value": "1000:1000"}
+    assert found["postCopy"][-2]["value"] == "chmod -R a+rX /opt/nuclio"
+    if path == CPU:
+        assert found["preCopy"] == [{"kind": "USER", "value": "root"}]
+
+
+def test_kubernetes_overlay_takes_an_image_and_secrets() -> None:
+    """With a build section nuctl would build again; a password in a yaml stays in its history."""
+    spec = read(KUBERNETES)["spec"]
+    env = {one["name"]: one for one in spec["env"]}
+
+    assert "build" not in spec
+    assert "secretKeyRef" in env["CVAT_FUNCTIONS_REDIS_PASSWORD"]["valueFrom"]
+    assert spec["minReplicas"] >= 1
+    values = {name: one.get("value", "a secret") for name, one in env.items()}
+    redis = Settings.from_env(values).redis
+    assert redis is not None
+    assert redis.ssl
+    assert redis.ssl_ca_certs == "/etc/redis-ca/ca.crt"
+    assert {volume["volumeMount"]["mountPath"] for volume in spec["volumes"]} == {"/etc/redis-ca"}
+
+
+# Dockerfile
+
+
+def instructions(text: str) -> list[tuple[str, str]]:
+    """Return a Dockerfile's instructions with their arguments, continued lines joined."""
+    text = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE)
+    found = []
+    for line in re.sub(r"\\\n\s*", "", text).splitlines():
+        if line.strip():
+            name, _, arguments = line.partition(" ")
+            found.append((name, arguments.strip()))
+    return found
+
+
+def values_of(name: str) -> list[str]:
+    """Return the arguments of all instructions of a kind in our Dockerfile."""
+    return [value for kind, value in instructions(DOCKERFILE.read_text()) if kind == name]
+
+
+def test_dockerfile_keeps_to_the_rules_of_hadolint_that_apply_to_it() -> None:
+    """Its full check is run by hand (`hadolint Dockerfile`); this is what an edit may break."""
+    parsed = instructions(DOCKERFILE.read_text())
+    kinds = [kind for kind, _ in parsed]
+    known = {"ARG", "CMD", "COPY", "ENV", "EXPOSE", "FROM", "HEALTHCHECK", "RUN", "USER", "WORKDIR"}
+
+    assert set(kinds) <= known  # DL3020: COPY, not ADD; DL4000: no MAINTAINER
+    assert kinds.count("CMD") == kinds.count("HEALTHCHECK") == 1  # DL4003, DL3012
+    assert all(re.search(r":\d[^:]*$", image) for image in values_of("FROM"))  # DL3006, DL3007
+    assert all(path.startswith("/") for path in values_of("WORKDIR"))  # DL3000
+    assert values_of("USER")[-1] not in {"root", "0"}  # DL3002
+    assert "ENTRYPOINT" not in kinds  # Nuclio sets the command only
+    for command in values_of("RUN"):
+        assert not re.search(r"\b(sudo|cd |apt |latest)", command)  # DL3004, DL3003, DL3027
+        assert "|" not in command.replace("||", "")  # DL4006
+        for install in re.findall(r"pip install [^&]*", command):
+            assert "--requirement" in install  # DL3013: pinned, see below
+    assert "PIP_NO_CACHE_DIR=1" in " ".join(values_of("ENV"))  # DL3042
+    for command in values_of("CMD"):
+        assert json.loads(command)[0] == "python"  # DL3025: as JSON
+    (check,) = values_of("HEALTHCHECK")
+    assert json.loads(check[check.index("[") :])[:2] == ["python", "-c"]
+
+
+def test_layers_change_from_seldom_to_often() -> None:
+    """A change of code must not install PyTorch or fetch the weights again."""
+    text = DOCKERFILE.read_text()
+    order = ["requirements-torch.txt requirements.txt", "download_weights.py", "weights/", "*.py"]
+
+    places = [text.index(f"COPY {sources}") for sources in order]
+
+    assert places == sorted(places)
+    assert text.index("ARG SAM2_MODEL_ID") > text.index("--no-build-isolation")
+
+
+def test_everything_that_is_copied_is_there_and_not_ignored() -> None:
+    """.dockerignore lets through what the image is made of, and nothing else."""
+    allowed = [
+        line[1:].rstrip("/")
+        for line in (REPOSITORY / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    ]
+    sources = [source for value in values_of("COPY") for source in value.split()[:-1]]
+
+    assert "*" in (REPOSITORY / ".dockerignore").read_text().splitlines()
+    for source in sources:
+        assert list(REPOSITORY.glob(source)), f"{source} is not there"
+        assert any(fnmatch.fnmatch(source.rstrip("/"), pattern) for pattern in allowed), source
+    assert not any(fnmatch.fnmatch(".venv", pattern) for pattern in allowed)
+
+
+def test_cpu_and_gpu_images_are_made_alike() -> None:
+    """One Python, one set of pins, one model; only the index of PyTorch's wheels differs."""
+    assert read(GPU)["spec"]["build"]["baseImage"] == values_of("FROM")[0]
+    gpu = dict(value.split("=", 1) for value in directives(GPU, "preCopy", "ARG"))
+    cpu = dict(value.split("=", 1) for value in values_of("ARG"))
+
+    assert gpu.keys() == cpu.keys()
+    assert gpu["SAM2_MODEL_ID"] == cpu["SAM2_MODEL_ID"] == DEFAULT_MODEL_ID
+    assert cpu["TORCH_INDEX"] == "https://download.pytorch.org/whl/cpu"
+    assert re.fullmatch(r"https://download\.pytorch\.org/whl/cu12\d", gpu["TORCH_INDEX"])
+    # the same commands, but for which wheel they insist on
+    assert_line = re.compile(r'&& python -c ".*"')
+    commands = [
+        [assert_line.sub("", " ".join(command.split())).strip() for command in found]
+        for found in (values_of("RUN"), directives(GPU, "preCopy", "RUN"))
+    ]
+    assert commands[0] == commands[1]
+
+
+def test_gpu_yaml_copies_from_where_nuclio_stages_the_folder() -> None:
+    """Nuclio copies the function's folder to `handler` in the build context."""
+    sources = [
+        source for value in directives(GPU, "preCopy", "COPY") for source in value.split()[:-1]
+    ]
+
+    assert sources
+    for source in sources:
+        folder, _, name = source.partition("/")
+        assert folder == "handler"
+        assert (REPOSITORY / name).is_file()
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-torch.txt"])
+def test_everything_that_ships_is_pinned(name: str) -> None:
+    """The same folder builds the same image next year."""
+    lines = [line.split("#")[0].strip() for line in (REPOSITORY / name).read_text().splitlines()]
+
+    for line in filter(None, lines):
+        assert re.fullmatch(r"-r [\w.-]+|[\w.-]+==[\w.]+", line), line
+
+
+def test_compose_starts_the_tracker_after_its_redis() -> None:
+    """Names, ports and variables are those that the function reads."""
+    services = yaml.safe_load((REPOSITORY / "compose.yaml").read_text())["services"]
+    tracker = services["tracker"]
+    defaults = {
+        name: re.sub(r"\$\{\w+:-(.*)\}", r"\1", value)
+        for name, value in tracker["environment"].items()
+    }
+
+    redis = Settings.from_env(defaults).redis
+    assert redis is not None
+    assert (redis.host, redis.port, redis.password) == ("redis", 6379, None)
+    assert tracker["depends_on"] == {"redis": {"condition": "service_healthy"}}
+    assert "healthcheck" in services["redis"]
+    assert tracker["image"] == read(CPU)["spec"]["build"]["baseImage"]
+    assert tracker["ports"] == [f"127.0.0.1:${{SAM2_PORT:-8070}}:{values_of('EXPOSE')[0]}"]
+    assert re.fullmatch(r"redis:\d+\.\d+\.\d+-alpine", services["redis"]["image"])
