@@ -28,6 +28,7 @@ Deploys the function in FOLDER (default: the folder of this script) on $1, so th
   --registry URL         registry the cluster pulls from; needed with --platform kube
   --model ID             model to bake in, for example facebook/sam2.1-hiera-large, or micro
                          (default: SAM2_MODEL_ID, else facebook/sam2.1-hiera-tiny)
+  --image NAME           deploy this image, built before (docs/deployment.md), instead of building
   --env NAME=VALUE       one more environment variable of the function; may be repeated
   --no-self-test         do not ask the deployed function for a track
   --dry-run              print the commands instead of running them
@@ -47,7 +48,7 @@ parse_arguments() { # parse_arguments <CPU or GPU> <script folder> <arguments...
     kind=$1 folder=$2
     shift 2
     platform=local namespace='' project=cvat network=cvat_cvat
-    registry=${NUCTL_REGISTRY:-} model=${SAM2_MODEL_ID:-}
+    registry=${NUCTL_REGISTRY:-} model=${SAM2_MODEL_ID:-} image=''
     self_test=yes dry_run=no extra_env=()
     local given=no
     while (($#)); do
@@ -58,7 +59,7 @@ parse_arguments() { # parse_arguments <CPU or GPU> <script folder> <arguments...
                 ;;
             --dry-run) dry_run=yes ;;
             --no-self-test) self_test=no ;;
-            --platform | --namespace | --project | --network | --registry | --model | --env)
+            --platform | --namespace | --project | --network | --registry | --model | --image | --env)
                 (($# > 1)) || fail "$EXIT_USAGE" "$1 needs a value; see --help"
                 case $1 in
                     --env)
@@ -157,8 +158,8 @@ preflight() {
     for tool in "${tools[@]}"; do
         command -v "$tool" >/dev/null || missing+=("$tool is not installed (or not on PATH)")
     done
-    if [[ $platform == kube && -z $registry ]]; then
-        missing+=("no registry: the cluster needs one to pull the image from (--registry)")
+    if [[ $platform == kube && -z $registry$image ]]; then
+        missing+=("no registry: the cluster needs one to pull the image from (--registry, or --image)")
     fi
     if ! command -v docker >/dev/null; then
         :
@@ -200,8 +201,12 @@ stage_function() {
     [[ ! -d $folder/weights ]] || cp -R -- "$folder/weights" "$stage/weights"
     if [[ -n $model && $kind == GPU ]]; then
         sed -i.bak "s|\(value: SAM2_MODEL_ID=\)[A-Za-z0-9._/-]*$|\1$model|" "$stage/$config"
-        rm -f -- "$stage/$config.bak"
     fi
+    if [[ -n $image ]]; then
+        # nuctl builds as soon as the yaml has a build section
+        sed -i.bak '/^  build:/,/^  [^ #]/ { /^  build:/d; /^  [^ #]/!d; }' "$stage/$config"
+    fi
+    rm -f -- "$stage/$config.bak"
     chmod -R a+rX -- "$stage"
     [[ $dry_run == no ]] ||
         say "# $stage: a copy of *.py, requirements*.txt, $config and weights/ of $folder"
@@ -229,16 +234,18 @@ ensure_project() {
 }
 
 deploy_function() {
-    local arguments=() pair
+    local arguments=(--file "$stage/$config" "${nuctl_options[@]}") pair
+    if [[ -n $image ]]; then
+        arguments+=(--run-image "$image")
+    else
+        arguments=(--path "$stage" "${arguments[@]}")
+        [[ $platform == local ]] || arguments+=(--registry "$registry")
+    fi
     ((${#function_env[@]} == 0)) ||
         for pair in "${function_env[@]}"; do arguments+=(--env "$pair"); done
-    if [[ $platform == local ]]; then
+    [[ $platform == kube ]] ||
         arguments+=(--platform-config "{\"attributes\": {\"network\": \"$network\"}}")
-    else
-        arguments+=(--registry "$registry")
-    fi
-    run nuctl deploy --project-name "$project" --path "$stage" --file "$stage/$config" \
-        "${nuctl_options[@]}" "${arguments[@]}" ||
+    run nuctl deploy --project-name "$project" "${arguments[@]}" ||
         fail "$EXIT_FAILED" "The function was not deployed. A function of this name that ran before may be gone: look at 'nuctl get function --platform $platform'."
 }
 
@@ -315,7 +322,7 @@ deploy() { # deploy <CPU or GPU> <yaml name> <script folder> <arguments...>
     set_nuctl_options
     [[ $dry_run == yes ]] || preflight
     stage_function
-    [[ $kind == GPU ]] || build_base_image
+    [[ $kind == GPU || -n $image ]] || build_base_image
     ensure_project
     deploy_function
     [[ $dry_run == yes ]] || report

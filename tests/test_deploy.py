@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 REPOSITORY = Path(__file__).parent.parent
 RECORDER = Path(__file__).parent / "stubs" / "recorder.py"
@@ -113,9 +114,9 @@ class Machine:
 
 def _unstage(call: list[str]) -> list[str]:
     """Name the temporary folder of the copied function, which differs from run to run."""
-    if "--path" not in call:
+    if call[:2] != ["nuctl", "deploy"]:
         return call
-    staged = call[call.index("--path") + 1]
+    staged = str(Path(call[call.index("--file") + 1]).parent)
     return [word.replace(staged, STAGED) for word in call]
 
 
@@ -135,11 +136,11 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def nuctl_deploy(yaml: str, *options: str, platform: str = "local") -> list[str]:
+def nuctl_deploy(config: str, *options: str, platform: str = "local") -> list[str]:
     """Return the deploying command line as CVAT's scripts have it, with these options after it."""
     return [
         *("nuctl", "deploy", "--project-name", "cvat", "--path", STAGED),
-        *("--file", f"{STAGED}/{yaml}", "--platform", platform, *options),
+        *("--file", f"{STAGED}/{config}", "--platform", platform, *options),
     ]
 
 
@@ -348,8 +349,8 @@ def test_kubernetes_deployment_names_registry_and_namespace(machine: Machine) ->
     assert outcome.of("nuctl", "deploy") == [
         nuctl_deploy(
             "function-gpu.yaml",
-            *("--namespace", "cvat", "--env", "CVAT_FUNCTIONS_REDIS_HOST=redis.cvat.svc"),
-            *("--registry", "registry.example.com/cv"),
+            *("--namespace", "cvat", "--registry", "registry.example.com/cv"),
+            *("--env", "CVAT_FUNCTIONS_REDIS_HOST=redis.cvat.svc"),
             platform="kube",
         )
     ]
@@ -390,6 +391,20 @@ def test_model_is_chosen_by_one_option_or_variable(
         staged = (machine.folder / "staged" / "function-gpu.yaml").read_text()
         assert yaml_line in staged
         assert "SAM2_MODEL_ID=facebook/sam2.1-hiera-tiny" not in staged
+
+
+def test_image_built_before_is_deployed_without_building(machine: Machine) -> None:
+    """A build section in the yaml, or a path, makes nuctl build: neither may be there."""
+    outcome = machine.run("deploy_gpu.sh", "--image", "lab/sam2-tracker:1")
+
+    assert outcome.status == 0, outcome.text
+    (call,) = outcome.of("nuctl", "deploy")
+    assert "--path" not in call
+    assert call[call.index("--run-image") + 1] == "lab/sam2-tracker:1"
+    staged = yaml.safe_load((machine.folder / "staged" / "function-gpu.yaml").read_text())
+    original = yaml.safe_load((REPOSITORY / "function-gpu.yaml").read_text())
+    original["spec"].pop("build")
+    assert staged == original
 
 
 def test_proxies_reach_the_build_without_being_printed(machine: Machine) -> None:

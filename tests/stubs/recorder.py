@@ -5,7 +5,7 @@ Started as `recorder.py <tool> <arguments...>`, with the folder RECORDER_FOLDER 
 and receiving `calls.jsonl`. The folder that a deployment names is kept as `staged`.
 """
 
-# ruff: noqa: PTH123 - importing pathlib takes longer than all the rest, a hundred times a test run
+# ruff: noqa: PTH120, PTH123 - importing pathlib takes longer than all the rest
 
 import json
 import os
@@ -19,7 +19,7 @@ def main() -> int:
     with open(f"{folder}/calls.jsonl", "a") as calls:
         calls.write(json.dumps([tool, *arguments]) + "\n")
     if (tool, arguments[:1]) == ("nuctl", ["deploy"]):
-        keep(arguments[arguments.index("--path") + 1], f"{folder}/staged")
+        keep(os.path.dirname(arguments[arguments.index("--file") + 1]), f"{folder}/staged")
     with open(f"{folder}/answers.json") as answers:
         for answering, words, output, status in json.load(answers):
             if answering == tool and set(words) <= set(arguments):
