@@ -64,7 +64,6 @@ class Settings:
         checkpoint: Path of the weights that belong to `config`.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         image_size: Side of the square the model sees, in pixels; None keeps the config's.
-        compile: Use torch.compile (CUDA only).
         batch_objects: Objects per forward pass; None means 1 on CPU and 32 on CUDA.
         memory_cache_bytes: Frame memories a replica keeps on its device.
         feature_cache_frames: Encoded frames a replica keeps on its device.
@@ -79,7 +78,6 @@ class Settings:
     checkpoint: str | None = None
     device: str = "auto"
     image_size: int | None = None
-    compile: bool = False
     batch_objects: int | None = None
     memory_cache_bytes: int = 1024 * 1024 * 1024
     feature_cache_frames: int = 4
@@ -117,7 +115,6 @@ class Settings:
             image_size=read.cast(
                 "SAM2_IMAGE_SIZE", None, _image_size, "a multiple of 32 from 64 to 2048"
             ),
-            compile=read.flag("SAM2_COMPILE", default=cls.compile),
             batch_objects=read.integer("SAM2_BATCH_OBJECTS", None, 1, 256),
             memory_cache_bytes=read.integer("SAM2_MEMORY_CACHE_MB", 1024, 0, 1 << 20) << 20,
             feature_cache_frames=read.integer(

@@ -1,0 +1,130 @@
+"""The function over plain HTTP, for trying out, tests, benchmarks and containers without Nuclio.
+
+Owns the HTTP server only: events, context and answers are those of `nuclio_sdk`, and one request
+at a time reaches the handler, as in one Nuclio worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import uvicorn
+from nuclio_sdk import Context, Event, Logger, Response
+from nuclio_sdk.logger import HumanReadableFormatter
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.responses import Response as HttpResponse
+from starlette.routing import Route
+
+import main as function
+from errors import TooLargeError
+
+
+def create_context() -> Context:
+    """Return a Nuclio context of worker 0 that logs to standard output."""
+    logger = Logger(level="INFO")
+    logger.set_handler("default", sys.stdout, HumanReadableFormatter())
+    return Context(logger=logger, worker_id=0)
+
+
+def create_app(context: Context) -> Starlette:
+    """Return the HTTP application around an initialised context."""
+    one_at_a_time = asyncio.Lock()
+    limit = context.user_data.service.limits.body_bytes
+
+    async def track(request: Request) -> HttpResponse:
+        try:
+            body = await _read_body(request, limit)
+        except TooLargeError as err:
+            return JSONResponse({"error": str(err)}, err.status, {"Connection": "close"})
+        async with one_at_a_time:
+            return _answer(
+                await run_in_threadpool(function.handler, context, _event(request, body))
+            )
+
+    async def health(request: Request) -> HttpResponse:
+        return _answer(await run_in_threadpool(function.handler, context, _event(request, b"")))
+
+    async def refuse(_request: Request, err: Exception) -> HttpResponse:
+        status = err.status_code if isinstance(err, HTTPException) else 500
+        headers = err.headers if isinstance(err, HTTPException) else None
+        message = {
+            404: "not found: POST / tracks, GET /healthz tells the health",
+            405: "method not allowed: POST / tracks, GET /healthz tells the health",
+        }.get(status, "internal error")
+        return JSONResponse({"error": message}, status, headers)
+
+    return Starlette(
+        routes=[
+            Route("/", track, methods=["POST"]),
+            Route("/healthz", health, methods=["GET"]),
+        ],
+        exception_handlers={404: refuse, 405: refuse},
+    )
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    """Read the body, and stop as soon as it is known to exceed the limit."""
+    announced = request.headers.get("content-length", "0")
+    size = int(announced) if announced.isdecimal() else 0
+    chunks = []
+    received = 0
+    if size <= limit:
+        async for chunk in request.stream():
+            received += len(chunk)
+            if received > limit:
+                break
+            chunks.append(chunk)
+    if max(size, received) > limit:
+        raise TooLargeError(f"body has more than the {limit} bytes that are allowed")
+    return b"".join(chunks)
+
+
+def _event(request: Request, body: bytes) -> Event:
+    """Build the event as Nuclio does: JSON is decoded only under exactly this content type."""
+    content_type = request.headers.get("content-type", "")
+    decoded: Any = body
+    if content_type == "application/json":
+        try:
+            decoded = json.loads(body)
+        except (ValueError, RecursionError):
+            decoded = body
+    return Event(
+        body=decoded,
+        content_type=content_type,
+        method=request.method,
+        path=request.url.path,
+        headers=dict(request.headers),
+    )
+
+
+def _answer(response: Response) -> HttpResponse:
+    return HttpResponse(
+        response.body,
+        response.status_code,
+        headers=response.headers,
+        media_type=response.content_type,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve until stopped. The port opens when the model is loaded and the store answers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8070)
+    options = parser.parse_args(arguments)
+    context = create_context()
+    function.init_context(context)
+    uvicorn.run(create_app(context), host=options.host, port=options.port, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Nuclio's door: start-up, one event in, one response out; knows nothing of tracking itself.
+
+`init_context` runs once per worker before it takes events, `handler` once per event. Both are
+called by Nuclio's Python wrapper, and by `local_server.py` in the same way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import traceback
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from nuclio_sdk import Context, Event, Response
+from PIL import Image
+
+from errors import MethodNotAllowedError, SettingsError, StateStoreUnavailableError, TrackerError
+from model_loader import load_model
+from protocol import Continue, Start, decode_image, format_tracker_answer, parse_tracker_request
+from settings import Limits, Settings
+from shapes import Shape, ShapeType
+from state_store import MemoryStateStore, StateStore, open_store
+from tracker import Frame, Report, Tracker
+
+# A store that restarts beside us is waited for; one that is not there stops us with a clear line.
+STORE_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """What one worker holds between events."""
+
+    tracker: Tracker
+    store: StateStore
+    limits: Limits
+
+
+def init_context(context: Context) -> None:
+    """Read the settings, load and warm the model, reach the store; fill `context.user_data`.
+
+    Raises:
+        SystemExit: The function must not start; one line of the log says why.
+    """
+    try:
+        context.user_data.service = _start_up(context)
+    except (SettingsError, StateStoreUnavailableError) as err:
+        context.logger.error_with("cannot start", reason=str(err))
+        raise SystemExit(1) from None
+
+
+def handler(context: Context, event: Event) -> Response:
+    """Answer one event; no exception leaves.
+
+    POST tracks (PROTOCOL: CVAT's tracker call). GET tells whether model and store are ready.
+    """
+    service: Service = context.user_data.service
+    method = (event.method or "POST").upper()
+    try:
+        return _json_response(_serve(context, service, method, event.body))
+    except TrackerError as err:
+        context.logger.warn_with("refused", status=err.status, reason=str(err))
+        return _json_response({"error": str(err)}, err.status)
+    except Exception:  # noqa: BLE001  # Nuclio would send the traceback to the caller
+        context.logger.error_with("failed", traceback=traceback.format_exc())
+        return _json_response({"error": "internal error; the function's log has the reason"}, 500)
+
+
+def build_tracker(settings: Settings, store: StateStore) -> Tracker:
+    """Load and warm the model that the settings name and tie it to a store.
+
+    Raises:
+        SettingsError: See `model_loader.load_model`.
+    """
+    model = load_model(settings)
+
+    def tie(to: StateStore) -> Tracker:
+        return Tracker(
+            model=model,
+            store=to,
+            memory_cache_bytes=settings.memory_cache_bytes,
+            polygon_tolerance=settings.polygon_tolerance,
+        )
+
+    _warm_up(tie(MemoryStateStore(state_ttl_s=60, retry_window_s=60)))
+    return tie(store)
+
+
+def _start_up(context: Context) -> Service:
+    settings = Settings.from_env(os.environ)
+    if settings.redis is None and str(context.worker_id or 0) != "0":
+        raise SettingsError(
+            "CVAT_FUNCTIONS_REDIS_HOST is not set and this is not the only worker: workers share "
+            "their tracks through Redis; set the host, or numWorkers to 1"
+        )
+    store = open_store(settings)
+    _wait_for(store)
+    tracker = build_tracker(settings, store)
+    if settings.redis is None:
+        context.logger.warn_with(
+            "tracks live in this process and end with it", missing="CVAT_FUNCTIONS_REDIS_HOST"
+        )
+    context.logger.info_with(
+        "ready",
+        **tracker.describe(),
+        config=settings.config or settings.model_id,
+        store="embedded"
+        if settings.redis is None
+        else f"{settings.redis.host}:{settings.redis.port}",
+        versions={name: version(name) for name in ("sam2", "torch", "redis")},
+        threads=torch.get_num_threads(),
+    )
+    return Service(tracker, store, settings.limits)
+
+
+def _wait_for(store: StateStore) -> None:
+    deadline = time.monotonic() + STORE_PATIENCE_S
+    while True:
+        try:
+            return store.ping()
+        except StateStoreUnavailableError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
+def _warm_up(tracker: Tracker) -> None:
+    """Run a start and a step, so that the first annotator does not pay for them."""
+    side = 64
+    blank = Frame("warm-up", (side, side), lambda: Image.new("RGB", (side, side)))
+    box = Shape(ShapeType.RECTANGLE, [16.0, 16.0, 48.0, 48.0])
+    (started,) = tracker.run(blank, [Start(box)])
+    tracker.run(blank, [Continue(started.token)])
+
+
+def _serve(context: Context, service: Service, method: str, body: object) -> dict[str, Any]:
+    if method == "GET":
+        service.store.ping()
+        return {"status": "ok"}
+    if method == "POST":
+        return _track(context, service, body)
+    raise MethodNotAllowedError(f"{method} is not served: POST tracks, GET tells the health")
+
+
+def _track(context: Context, service: Service, body: object) -> dict[str, Any]:
+    report = Report()
+    with report.timed("decode"):
+        request = parse_tracker_request(body, service.limits)
+        image = decode_image(request.image, service.limits)
+        key = hashlib.blake2b(request.image, digest_size=16).hexdigest()
+    frame = Frame(key, (image.height, image.width), lambda: image)
+    found = service.tracker.run(frame, request.items, report)
+    context.logger.info_with("tracked", **vars(report))
+    return format_tracker_answer(request, [(one.token, one.shape) for one in found])
+
+
+def _json_response(body: dict[str, Any], status: int = 200) -> Response:
+    return Response(
+        body=json.dumps(body, separators=(",", ":")),
+        content_type="application/json",
+        status_code=status,
+    )

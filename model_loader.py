@@ -1,0 +1,160 @@
+"""Owns where SAM 2's config and weights come from; knows nothing of frames or tracks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import huggingface_hub
+import sam2
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
+from sam2.sam2_video_predictor import SAM2VideoPredictor
+
+from errors import SettingsError
+from model_handler import ModelHandler
+from settings import Settings
+from track_state import MEMORY_REACH, POINTER_REACH, SCHEMA_VERSION
+
+MICRO_FOLDER = Path(__file__).parent / "weights" / "micro"
+
+# What sam2.build_sam.build_sam2_video_predictor adds to a config with `apply_postprocessing`.
+PREDICTOR_OPTIONS = {
+    "_target_": "sam2.sam2_video_predictor.SAM2VideoPredictor",
+    "sam_mask_decoder_extra_args": {
+        "dynamic_multimask_via_stability": True,
+        "dynamic_multimask_stability_delta": 0.05,
+        "dynamic_multimask_stability_thresh": 0.98,
+    },
+    "binarize_mask_from_pts_for_mem_enc": True,
+    "fill_hole_area": 8,
+}
+
+CPU_BATCH_OBJECTS = 1  # batches gain nothing on a CPU, and cost bit equality
+CUDA_BATCH_OBJECTS = 32
+
+
+def load_model(settings: Settings) -> ModelHandler:
+    """Load the model that the settings name, on the device they name.
+
+    Raises:
+        SettingsError: Files are missing, do not fit each other or cannot be downloaded, or the
+            device is not there; the message says what to do.
+    """
+    config_path, checkpoint_path = find_files(settings)
+    device = pick_device(settings.device)
+    model, fingerprint = build_predictor(config_path, checkpoint_path, settings.image_size)
+    batch_objects = settings.batch_objects or (
+        CUDA_BATCH_OBJECTS if device.type == "cuda" else CPU_BATCH_OBJECTS
+    )
+    return ModelHandler(
+        model.to(device).eval(),
+        fingerprint=fingerprint,
+        batch_objects=batch_objects,
+        feature_cache_frames=settings.feature_cache_frames,
+    )
+
+
+def find_files(settings: Settings) -> tuple[Path, Path]:
+    """Return the paths of the config and the checkpoint, downloading the latter if need be.
+
+    Raises:
+        SettingsError: See `load_model`.
+    """
+    if settings.config is not None and settings.checkpoint is not None:
+        return _config_path(settings.config), Path(settings.checkpoint)
+    if settings.model_id == "micro":
+        return MICRO_FOLDER / "config.yaml", MICRO_FOLDER / "checkpoint.pt"
+    if settings.model_id not in HF_MODEL_ID_TO_FILENAMES:
+        known = ", ".join(["micro", *HF_MODEL_ID_TO_FILENAMES])
+        raise SettingsError(
+            f"SAM2_MODEL_ID={settings.model_id!r} is not known: expected one of {known}; "
+            "for other weights set SAM2_CONFIG and SAM2_CHECKPOINT"
+        )
+    config_name, file_name = HF_MODEL_ID_TO_FILENAMES[settings.model_id]
+    try:
+        checkpoint = huggingface_hub.hf_hub_download(settings.model_id, file_name)
+    except Exception as err:  # the hub's client raises its own, httpx's and the system's errors
+        raise SettingsError(
+            f"cannot download the weights of {settings.model_id} ({type(err).__name__}): bake them "
+            "into the image, or set SAM2_CONFIG and SAM2_CHECKPOINT, or SAM2_MODEL_ID=micro to "
+            "try the function out"
+        ) from err
+    return _config_path(config_name), Path(checkpoint)
+
+
+def build_predictor(
+    config_path: Path, checkpoint_path: Path, image_size: int | None
+) -> tuple[SAM2VideoPredictor, str]:
+    """Build SAM 2's video predictor and load its weights, on the CPU.
+
+    Args:
+        config_path: A YAML like those in `sam2/configs`.
+        checkpoint_path: A file like SAM 2's own: `{"model": state_dict}`, loaded as plain tensors.
+        image_size: Side of the model's input in pixels; None keeps the config's.
+
+    Returns:
+        The model, and the fingerprint of everything that its states depend on.
+
+    Raises:
+        SettingsError: See `load_model`.
+    """
+    for path in (config_path, checkpoint_path):
+        if not path.is_file():
+            raise SettingsError(
+                f"{path} does not exist: it should hold the model's config or weights"
+            )
+    try:
+        config = OmegaConf.load(config_path)
+        options = OmegaConf.merge(config.model, PREDICTOR_OPTIONS)
+        if image_size is not None:
+            options.image_size = image_size
+        model = instantiate(options, _recursive_=True)
+    except Exception as err:  # anything a wrong YAML makes hydra or the model raise
+        raise SettingsError(f"{config_path} is not a SAM 2 config: {err}") from err
+    if (model.num_maskmem, model.max_obj_ptrs_in_encoder) != (MEMORY_REACH + 1, POINTER_REACH + 1):
+        raise SettingsError(
+            f"{config_path} remembers other frames than all SAM 2 models do: num_maskmem must be "
+            f"{MEMORY_REACH + 1} and max_obj_ptrs_in_encoder {POINTER_REACH + 1}"
+        )
+    try:
+        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+        model.load_state_dict(checkpoint["model"])
+    except Exception as err:  # a damaged archive raises almost anything
+        raise SettingsError(
+            f"{checkpoint_path} does not hold weights for {config_path}: {str(err)[:300]}"
+        ) from err
+    return model, _fingerprint(OmegaConf.to_container(options, resolve=True), checkpoint_path)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device: CUDA where there is one for `auto`, else the one named.
+
+    Raises:
+        SettingsError: CUDA is asked for and not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(
+            f"SAM2_DEVICE={name!r}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} "
+            "CUDA devices; check the driver and the container's GPU access, or use cpu"
+        )
+    return device
+
+
+def _config_path(name: str) -> Path:
+    """Return a config's path: a file as it stands, or the name of one inside the sam2 package."""
+    inside_package = Path(sam2.__path__[0]) / name
+    return inside_package if inside_package.is_file() else Path(name)
+
+
+def _fingerprint(options: object, checkpoint_path: Path) -> str:
+    digest = hashlib.sha256(f"{SCHEMA_VERSION} {json.dumps(options, sort_keys=True)}".encode())
+    with checkpoint_path.open("rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

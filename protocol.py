@@ -1,0 +1,200 @@
+"""Owns CVAT's tracker JSON and its images, to typed requests and back; no torch, no Redis."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from errors import BadRequestError, NotAnImageError, TooLargeError, TrackerError
+from settings import Limits
+from shapes import Shape, ShapeType
+from state_token import StateToken
+
+# What CVAT takes as frames; Pillow's rarer decoders stay out of reach of strangers.
+IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+# Our own limit below is lower and counts before anything is decoded.
+Image.MAX_IMAGE_PIXELS = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Begin a track at a shape."""
+
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Continue:
+    """Follow a track one frame further."""
+
+    token: StateToken
+
+
+@dataclass(frozen=True)
+class TrackerRequest:
+    """One tracker call.
+
+    Attributes:
+        image: The frame's encoded bytes.
+        items: What to do, one per object.
+        bare: For each item whether its shape travels as a bare list of points, the way CVAT
+            before 2.40 sends rectangles.
+    """
+
+    image: bytes
+    items: tuple[Start | Continue, ...]
+    bare: tuple[bool, ...]
+
+
+def parse_tracker_request(body: object, limits: Limits) -> TrackerRequest:
+    """Read the body of a tracker call.
+
+    Args:
+        body: A dict as Nuclio decodes it, or the bytes of the JSON under another content type.
+        limits: What one request may ask for.
+
+    Raises:
+        BadRequestError: Something is missing or malformed; the message says where.
+        TooLargeError: A limit is exceeded.
+    """
+    fields = _json_object(body, limits)
+    shapes, states = _list(fields, "shapes"), _list(fields, "states")
+    count = max(len(shapes), len(states))
+    if count == 0:
+        raise BadRequestError("nothing to track: shapes and states are both empty")
+    if count > limits.objects:
+        raise TooLargeError(f"{count} objects in one request: at most {limits.objects} are allowed")
+    image = _image_bytes(fields, limits)
+    items: list[Start | Continue] = []
+    bare = []
+    for index in range(count):
+        shape = shapes[index] if index < len(shapes) else None
+        state = states[index] if index < len(states) else None
+        bare.append(isinstance(shape, list))
+        if state is None and shape is None:
+            raise BadRequestError(f"shapes[{index}] and states[{index}] are both missing")
+        place = f"shapes[{index}]" if state is None else f"states[{index}]"
+        try:
+            if state is None:
+                items.append(Start(_shape(shape, limits)))
+            else:
+                items.append(Continue(StateToken.parse(state)))
+        except TrackerError as err:
+            raise type(err)(f"{place}: {err}") from None
+    return TrackerRequest(image, tuple(items), tuple(bare))
+
+
+def format_tracker_answer(
+    request: TrackerRequest, answers: Sequence[tuple[StateToken, Shape | None]]
+) -> dict[str, Any]:
+    """Write the answer to a tracker call: per item its new state and where the object is."""
+    shapes: list[object] = []
+    for (_, shape), bare in zip(answers, request.bare, strict=True):
+        if shape is None:
+            shapes.append(None)
+        elif bare:
+            shapes.append(list(shape.points))
+        else:
+            shapes.append({"type": str(shape.type), "points": list(shape.points)})
+    return {"shapes": shapes, "states": [str(token) for token, _ in answers]}
+
+
+def decode_image(data: bytes, limits: Limits) -> Image.Image:
+    """Decode a frame, upright as the annotator sees it.
+
+    Returns:
+        An RGB image, turned as its EXIF orientation says.
+
+    Raises:
+        NotAnImageError: The bytes are none of `IMAGE_FORMATS`, or are cut off or damaged.
+        TooLargeError: Its header announces more pixels than allowed; nothing was decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            _check_size(image.size, limits)
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except TrackerError:
+        raise
+    except Exception as err:  # Pillow's decoders raise whatever a damaged file makes them
+        raise NotAnImageError(
+            f"image cannot be decoded ({type(err).__name__}): expected one of "
+            f"{', '.join(IMAGE_FORMATS)}"
+        ) from err
+
+
+def _check_size(size: tuple[int, int], limits: Limits) -> None:
+    width, height = size
+    if width * height > limits.image_pixels or max(size) > limits.image_side:
+        raise TooLargeError(
+            f"image has {width} x {height} pixels: at most {limits.image_pixels} in all and "
+            f"{limits.image_side} a side are allowed"
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip instead of scale
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _json_object(body: object, limits: Limits) -> dict[str, Any]:
+    if isinstance(body, bytes | bytearray):
+        if len(body) > limits.body_bytes:
+            raise TooLargeError(
+                f"body has {len(body)} bytes: at most {limits.body_bytes} are allowed"
+            )
+        try:
+            body = json.loads(body)
+        except (ValueError, RecursionError):
+            raise BadRequestError("body is not JSON") from None
+    if not isinstance(body, dict):
+        raise BadRequestError(
+            f"body must be a JSON object with image, shapes and states, not {type(body).__name__}"
+        )
+    return body
+
+
+def _list(fields: dict[str, Any], name: str) -> list[Any]:
+    value = fields.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise BadRequestError(f"{name} must be a list, not {type(value).__name__}")
+    return value
+
+
+def _image_bytes(fields: dict[str, Any], limits: Limits) -> bytes:
+    image = fields.get("image")
+    if not isinstance(image, str) or not image:
+        raise BadRequestError("image is missing: expected a base64 string")
+    if len(image) > limits.body_bytes:
+        raise TooLargeError(f"image has {len(image)} characters: at most {limits.body_bytes}")
+    try:
+        return base64.b64decode(image, validate=True)
+    except (binascii.Error, ValueError):
+        raise BadRequestError("image is not base64") from None
+
+
+def _shape(value: object, limits: Limits) -> Shape:
+    if isinstance(value, list):
+        value = {"type": "rectangle", "points": value}
+    if not isinstance(value, dict):
+        raise BadRequestError(f"a shape must be an object, not {type(value).__name__}")
+    name, points = value.get("type"), value.get("points")
+    if not isinstance(name, str) or name not in set(ShapeType):
+        raise BadRequestError(f"type must be one of {', '.join(ShapeType)}, not {name!r:.40}")
+    if not isinstance(points, list):
+        raise BadRequestError("points must be a flat list of numbers")
+    shape_type = ShapeType(name)
+    most = limits.mask_runs + 4 if shape_type is ShapeType.MASK else 2 * limits.polygon_points
+    if len(points) > most:
+        raise TooLargeError(f"{shape_type} has {len(points)} numbers: at most {most} are allowed")
+    return Shape(shape_type, points)

@@ -1,0 +1,37 @@
+"""Owns the names of tracks and their steps; knows nothing of what is kept under them."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+
+from errors import BadRequestError
+
+
+@dataclass(frozen=True)
+class StateToken:
+    """Names one step of one track; what CVAT carries in `states`, as `<track>.<step>`."""
+
+    track: str
+    step: str
+
+    def __str__(self) -> str:
+        return f"{self.track}.{self.step}"
+
+    @classmethod
+    def parse(cls, text: object) -> StateToken:
+        """Read a token.
+
+        Raises:
+            BadRequestError: It is none of ours.
+        """
+        if not isinstance(text, str) or not re.fullmatch(r"[\w-]{22}\.[\w-]{22}", text, re.ASCII):
+            raise BadRequestError("it is no state token of this function; start the track")
+        track, _, step = text.partition(".")
+        return cls(track, step)
+
+
+def new_id() -> str:
+    """Return an unguessable id for a track or a step: 128 bits in 22 URL-safe characters."""
+    return secrets.token_urlsafe(16)
