@@ -18,8 +18,9 @@ from settings import Limits
 from shapes import Shape, ShapeType
 from state_token import StateToken
 
-# What CVAT takes as frames; Pillow's rarer decoders stay out of reach of strangers.
-IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+# What CVAT takes as frames; Pillow's rarer decoders stay out of reach of strangers. Pillow opens
+# MPO, a camera's JPEG with more pictures behind it, as JPEG; it knows no such name to open.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 # Our own limit below is lower and counts before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 

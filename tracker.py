@@ -52,13 +52,16 @@ class TrackedObject:
         shape: In the type the object was started with. None where it is not in the frame, but for
             rectangles, which keep their last box (CVAT's own UI cannot take null for them).
         lost: Whether the object is not in the frame.
-        score: SAM 2's object score, a logit.
+        mask: The mask behind the shape, `(H, W)`. None on the frame the object was started on,
+            whose shape is the annotator's, and where another process computed it.
+        score: SAM 2's object score, a logit. None where another process computed it.
     """
 
     token: StateToken
     shape: Shape | None
     lost: bool
-    score: float
+    mask: Mask | None = None
+    score: float | None = None
 
 
 @dataclass
@@ -179,7 +182,7 @@ class Tracker:
         with report.timed("store"):
             saved = self._save(found, memories, report)
         return [
-            TrackedObject(token, one.shape, one.lost, one.score)
+            TrackedObject(token, one.shape, one.lost, one.mask, one.score)
             for token, one in zip(saved, found, strict=True)
         ]
 
@@ -262,6 +265,7 @@ class Tracker:
             output.memory,
             shape,
             lost=lost,
+            mask=mask,
             score=output.object_score,
             parent=token,
         )
@@ -318,6 +322,7 @@ class _Found:
     shape: Shape | None
     lost: bool
     score: float
+    mask: Mask | None = None
     parent: StateToken | None = None
 
 

@@ -26,8 +26,9 @@ def jpeg_frames(count: int, *, seed: int = 0, size_hw: tuple[int, int] = SIZE_HW
         frame = background.copy()
         cv2.circle(frame, (60 + 5 * index, 90), 30, (40, 200, 230), -1)
         cv2.rectangle(frame, (220 - 4 * index, 40), (270 - 4 * index, 100), (200, 60, 30), -1)
-        frame = cv2.add(frame, rng.integers(0, 30, frame.shape, dtype=np.uint8))
-        frames.append(cv2.imencode(".jpg", frame, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes())
+        noise = rng.integers(0, 30, frame.shape)
+        noisy = np.clip(frame + noise, 0, 255).astype(np.uint8)
+        frames.append(cv2.imencode(".jpg", noisy, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes())
     return frames
 
 

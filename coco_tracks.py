@@ -1,0 +1,70 @@
+"""Owns `tracks.json`, masks of tracks in COCO's style; knows nothing of where they come from.
+
+The layout is COCO's for instances (https://cocodataset.org/#format-data) with a video's two
+additions: `track_id` in every annotation, and the clip's frames as `images`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from shapes import Mask, SizeHW
+
+
+class CocoTracksWriter:
+    """Writes annotations one by one, so that memory does not grow with the clip.
+
+    Args:
+        path: The file to write.
+        labels: One per track.
+        size_hw: Height and width of the frames.
+    """
+
+    def __init__(self, path: Path, labels: Sequence[str], size_hw: SizeHW) -> None:
+        names = sorted(set(labels))
+        self._category_ids = [names.index(label) + 1 for label in labels]
+        head = {
+            "info": {"height": size_hw[0], "width": size_hw[1]},
+            "categories": [{"id": i, "name": name} for i, name in enumerate(names, start=1)],
+            "tracks": [
+                {"id": track, "category_id": id_} for track, id_ in enumerate(self._category_ids)
+            ],
+        }
+        self._file = path.open("w", encoding="utf-8")
+        self._file.write(json.dumps(head)[:-1] + ', "annotations": [')
+        self._count = 0
+
+    def add(self, track: int, frame: int, mask: Mask, score: float | None) -> None:
+        """Add one object on one frame.
+
+        Args:
+            track: Index of the track.
+            frame: Number of the frame, from 0; COCO's `image_id`.
+            mask: Boolean mask `(H, W)`.
+            score: SAM 2's object score, a logit; None where it is not known.
+        """
+        coco_rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+        self._count += 1
+        annotation: dict[str, Any] = {
+            "id": self._count,
+            "track_id": track,
+            "image_id": frame,
+            "category_id": self._category_ids[track],
+            "segmentation": {"size": coco_rle["size"], "counts": coco_rle["counts"].decode()},
+            "area": int(coco_mask.area(coco_rle)),
+            "bbox": [float(edge) for edge in coco_mask.toBbox(coco_rle)],
+            "iscrowd": 0,
+            "score": score,
+        }
+        self._file.write((",\n" if self._count > 1 else "\n") + json.dumps(annotation))
+
+    def close(self) -> None:
+        """End the file."""
+        self._file.write("\n]}\n")
+        self._file.close()

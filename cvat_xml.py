@@ -1,0 +1,178 @@
+"""Owns the file format *CVAT for video 1.1*: prompts out of it, tracks into it; tracks nothing.
+
+Source of the element and attribute names: CVAT, `cvat/apps/dataset_manager/formats/cvat.py`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree.ElementTree import Element, ParseError, tostring  # only to write
+
+import defusedxml.ElementTree
+from defusedxml import DefusedXmlException
+
+from errors import BadRequestError
+from shapes import Shape, ShapeType
+
+_TYPES = {
+    "box": ShapeType.RECTANGLE,
+    "polygon": ShapeType.POLYGON,
+    "ellipse": ShapeType.ELLIPSE,
+    "mask": ShapeType.MASK,
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the annotator drew: one object on one frame."""
+
+    label: str
+    shape: Shape
+    frame: int
+
+
+def read_cvat_xml(path: Path) -> list[Prompt]:
+    """Read the first visible shape of every track as a prompt.
+
+    Raises:
+        BadRequestError: The file is not a *CVAT for video* file.
+    """
+    prompts = []
+    try:
+        root = defusedxml.ElementTree.parse(path).getroot()
+        for track in root.iter("track") if root is not None else ():
+            for element in track:
+                if element.tag in _TYPES and element.get("outside", "0") == "0":
+                    shape = Shape(_TYPES[element.tag], _read_points(element))
+                    prompts.append(
+                        Prompt(track.attrib["label"], shape, int(element.attrib["frame"]))
+                    )
+                    break
+    except (ParseError, DefusedXmlException, KeyError, ValueError) as err:
+        raise BadRequestError(f"{path} is not a CVAT for video 1.1 file: {err!r}") from err
+    if not prompts:
+        raise BadRequestError(f"{path} has no track with a mask, polygon, box or ellipse")
+    return prompts
+
+
+class CvatXmlWriter:
+    """Writes tracks as they grow; memory does not grow with the clip.
+
+    Args:
+        path: The file to write.
+        labels: One per track.
+        frame_count: Frames of the clip: a track that ends earlier is closed with `outside`.
+    """
+
+    def __init__(self, path: Path, labels: Sequence[str], frame_count: int) -> None:
+        self._path = path
+        self._frame_count = frame_count
+        self._tracks = [_Track(index, label) for index, label in enumerate(labels)]
+
+    def add(self, track: int, frame: int, shape: Shape, *, outside: bool = False) -> None:
+        """Add a keyframe; frames of a track come all rising or all falling."""
+        self._tracks[track].add(frame, shape, outside=outside)
+
+    def close(self) -> None:
+        """Put the file together."""
+        with self._path.open("w", encoding="utf-8") as file:
+            file.write('<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n')
+            file.write("<version>1.1</version>\n")
+            for track in self._tracks:
+                file.writelines(track.finish(self._frame_count))
+            file.write("</annotations>\n")
+
+
+class _Track:
+    """One track's elements, kept in a temporary file."""
+
+    def __init__(self, index: int, label: str) -> None:
+        self._attributes = {"id": str(index), "label": label, "source": "semi-auto"}
+        self._file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  # see finish
+        self._frames: list[int] = []  # first and newest
+        self._latest: tuple[int, Shape, bool] | None = None  # the one highest up in the clip
+
+    def add(self, frame: int, shape: Shape, *, outside: bool) -> None:
+        self._frames = [*self._frames[:1], frame]
+        if self._latest is None or frame > self._latest[0]:
+            self._latest = (frame, shape, outside)
+        element = _shape_element(frame, shape, outside=outside)
+        if shape.type is ShapeType.MASK:
+            # CVAT has no mask tracks: from a track it imports only the first mask. So every frame
+            # gets a track element of its own, and a group holds them together.
+            if outside:
+                return
+            group = str(int(self._attributes["id"]) + 1)
+            alone = Element("track", self._attributes | {"group_id": group})
+            alone.append(element)
+            element = alone
+        self._file.write(tostring(element, encoding="unicode") + "\n")
+
+    def finish(self, frame_count: int) -> Iterator[str]:
+        """Give the track's lines in the order of the clip."""
+        if self._latest is None:
+            return
+        self._file.seek(0)
+        lines = self._file.readlines()
+        self._file.close()
+        if self._frames[-1] < self._frames[0]:
+            lines.reverse()
+        frame, shape, outside = self._latest
+        if shape.type is ShapeType.MASK:
+            yield from lines
+            return
+        if frame + 1 < frame_count and not outside:
+            end = _shape_element(frame + 1, shape, outside=True)
+            lines.append(tostring(end, encoding="unicode") + "\n")
+        head = tostring(Element("track", self._attributes), encoding="unicode")
+        yield head.replace(" />", ">\n")
+        yield from lines
+        yield "</track>\n"
+
+
+def _shape_element(frame: int, shape: Shape, *, outside: bool) -> Element:
+    points = list(shape.points)
+    match shape.type:
+        case ShapeType.RECTANGLE:
+            names = ("xtl", "ytl", "xbr", "ybr")
+            geometry = {name: f"{value:.2f}" for name, value in zip(names, points, strict=True)}
+            tag = "box"
+        case ShapeType.POLYGON:
+            pairs = zip(points[0::2], points[1::2], strict=True)
+            geometry = {"points": ";".join(f"{x:.2f},{y:.2f}" for x, y in pairs)}
+            tag = "polygon"
+        case ShapeType.ELLIPSE:
+            x, y, right, top = points
+            values = {"cx": x, "cy": y, "rx": right - x, "ry": y - top}
+            geometry = {name: f"{value:.2f}" for name, value in values.items()}
+            tag = "ellipse"
+        case ShapeType.MASK:
+            *runs, left, top, right, bottom = (int(value) for value in points)
+            box = {"left": left, "top": top, "width": right - left + 1, "height": bottom - top + 1}
+            geometry = {"rle": ", ".join(map(str, runs))}
+            geometry |= {name: str(value) for name, value in box.items()}
+            tag = "mask"
+    flags = {"frame": str(frame), "keyframe": "1", "outside": str(int(outside)), "occluded": "0"}
+    return Element(tag, flags | geometry | {"z_order": "0"})
+
+
+def _read_points(element: Element) -> list[float]:
+    def numbers(*names: str) -> list[float]:
+        return [float(element.attrib[name]) for name in names]
+
+    match element.tag:
+        case "box":
+            return numbers("xtl", "ytl", "xbr", "ybr")
+        case "polygon":
+            pairs = element.attrib["points"].split(";")
+            return [float(value) for pair in pairs for value in pair.split(",")]
+        case "ellipse":
+            x, y, radius_x, radius_y = numbers("cx", "cy", "rx", "ry")
+            return [x, y, x + radius_x, y - radius_y]
+        case _:
+            runs = [float(run) for run in element.attrib["rle"].split(",")]
+            left, top, width, height = numbers("left", "top", "width", "height")
+            return [*runs, left, top, left + width - 1, top + height - 1]

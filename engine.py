@@ -1,0 +1,129 @@
+"""Owns tracking on a frame at hand, in this process or by a running function; one interface.
+
+The command line doors use it. Both engines give the same masks: frames travel as PNG, unchanged.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import httpx
+from PIL import Image
+
+from errors import BadRequestError, StateStoreUnavailableError, TrackerError
+from main import build_tracker
+from protocol import Continue, Start
+from settings import Settings
+from shapes import Shape, ShapeType
+from state_store import MemoryStateStore
+from state_token import StateToken
+from tracker import Frame, TrackedObject
+
+# A busy or restarting function answers 503 or nothing; a repeat loses and changes nothing.
+RETRY_PAUSES_S = (1.0, 3.0, 9.0)
+REQUEST_TIMEOUT_S = 600.0
+
+
+class Engine(Protocol):
+    """Starts and continues objects on one frame."""
+
+    def track(self, frame: Image.Image, items: Sequence[Start | Continue]) -> list[TrackedObject]:
+        """Return one answer per item, in order.
+
+        Args:
+            frame: RGB.
+            items: What to start and what to continue.
+
+        Raises:
+            TrackerError: As `Tracker.run` does.
+        """
+
+
+class LocalEngine:
+    """Tracks in this process; states live and end with it.
+
+    Args:
+        settings: Model, device and so on; a Redis host in it is not used.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        store = MemoryStateStore(
+            state_ttl_s=settings.state_ttl_s, retry_window_s=settings.retry_window_s
+        )
+        self._tracker = build_tracker(settings, store)
+
+    def track(self, frame: Image.Image, items: Sequence[Start | Continue]) -> list[TrackedObject]:
+        """See `Engine.track`."""
+        key = hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest()
+        return self._tracker.run(Frame(key, (frame.height, frame.width), lambda: frame), items)
+
+
+class RemoteEngine:
+    """Tracks by a running function.
+
+    Args:
+        url: Where it takes requests, e.g. `http://127.0.0.1:8070`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._client = httpx.Client(timeout=REQUEST_TIMEOUT_S)
+
+    def track(self, frame: Image.Image, items: Sequence[Start | Continue]) -> list[TrackedObject]:
+        """See `Engine.track`; masks and scores stay with the function.
+
+        Raises:
+            TrackerError: The function's own reason, or that it cannot be reached.
+        """
+        file = io.BytesIO()
+        frame.save(file, "PNG", compress_level=1)
+        shapes: list[dict[str, Any] | None] = []
+        states: list[str | None] = []
+        for item in items:
+            match item:
+                case Start(shape):
+                    shapes.append({"type": str(shape.type), "points": list(shape.points)})
+                    states.append(None)
+                case Continue(token):
+                    shapes.append(None)
+                    states.append(str(token))
+        image = base64.b64encode(file.getvalue()).decode()
+        answer = self._post({"image": image, "shapes": shapes, "states": states})
+        pairs = zip(answer["states"], answer["shapes"], strict=True)
+        return [_tracked(state, shape) for state, shape in pairs]
+
+    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        for pause_s in (*RETRY_PAUSES_S, None):
+            try:
+                response = self._client.post(self._url, json=body)
+            except httpx.TransportError as err:
+                reason: TrackerError = StateStoreUnavailableError(f"{self._url}: {err}")
+            else:
+                if response.is_success:
+                    answer: dict[str, Any] = response.json()
+                    return answer
+                reason = _refusal(response)
+                if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                    raise reason
+            if pause_s is None:
+                raise reason
+            time.sleep(pause_s)
+        raise AssertionError("unreachable")
+
+
+def _tracked(state: str, shape: dict[str, Any] | None) -> TrackedObject:
+    found = None if shape is None else Shape(ShapeType(shape["type"]), shape["points"])
+    return TrackedObject(StateToken.parse(state), found, lost=found is None)
+
+
+def _refusal(response: httpx.Response) -> TrackerError:
+    try:
+        reason = str(response.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        reason = response.text[:200]
+    return BadRequestError(f"the function answered {response.status_code}: {reason}")
