@@ -22,6 +22,7 @@ Box = tuple[float, float, float, float]  # XYXY, far edge excluded
 
 DEFAULT_POLYGON_TOLERANCE = 1.0
 MIN_POLYGON_IOU = 0.98
+MAX_NUMBER = 1e9  # far beyond every frame, and small enough that no sum or product overflows
 
 
 class ShapeType(StrEnum):
@@ -233,9 +234,10 @@ def _numbers(shape: Shape) -> npt.NDArray[np.float64]:
         points = np.empty(0, dtype=np.object_)
     if points.ndim != 1 or points.dtype.kind not in "iuf":
         raise BadRequestError(f"{shape.type} points must be a flat list of numbers")
-    if not np.isfinite(points).all():
-        raise BadRequestError(f"{shape.type} points hold NaN or infinity")
-    return points.astype(np.float64)
+    points = points.astype(np.float64)
+    if not (np.abs(points) <= MAX_NUMBER).all():
+        raise BadRequestError(f"{shape.type} points hold NaN, infinity or a number beyond 1e9")
+    return points
 
 
 def _vertices(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -284,8 +286,9 @@ def _ellipse_to_mask(points: npt.NDArray[np.float64], size_hw: SizeHW) -> Mask:
     if radius_x <= 0 or radius_y <= 0:
         raise BadRequestError("ellipse needs its right-most x and top-most y outside its centre")
     rows, columns = np.ogrid[: size_hw[0], : size_hw[1]]
-    distance = ((columns + 0.5 - center_x) / radius_x) ** 2
-    return np.asarray(distance + ((rows + 0.5 - center_y) / radius_y) ** 2 <= 1)
+    with np.errstate(over="ignore"):  # a radius next to nothing: infinitely far outside
+        distance = ((columns + 0.5 - center_x) / radius_x) ** 2
+        return np.asarray(distance + ((rows + 0.5 - center_y) / radius_y) ** 2 <= 1)
 
 
 def _mask_to_ellipse(mask: Mask, box: tuple[int, int, int, int]) -> list[float]:
