@@ -1,6 +1,7 @@
 # Everything a newcomer runs. Needs Python 3.11 and make; everything else lands in .venv.
 #   make demo    track the example clip, write an overlay video and pictures to out/demo
 #   make test    lint, types and all tests (brings a Redis server if the machine has none)
+#   make fidelity CLIP=folder/of/jpegs   compare with SAM 2's own predictor at full sizes (an hour)
 #   make setup   only make .venv (TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU wheels)
 
 PYTHON ?= python3.11
@@ -39,7 +40,7 @@ demo: setup
 	$(PY) -m demo
 
 fidelity: setup
-	$(PY) -m tests.fidelity_full
+	$(PY) -m tests.fidelity_full $(CLIP)
 
 clean:
 	rm -rf $(VENV) .cache out

@@ -31,9 +31,8 @@ def main() -> None:
     truth = np.load(OUT / "truth.npz")["masks"]
     found = read_masks(OUT / "tracks.json", truth.shape)
 
-    print(
-        "\nobject  prompt     frames  hidden    J     F    (against the known truth, without frame 0)"
-    )
+    print("\nAgainst the known truth, frame 0 left out:")
+    print("object  prompt     frames  hidden      J     F")
     for track, prompt in enumerate(prompts):
         pairs = [(found[frame, track], truth[frame, track]) for frame in range(1, len(truth))]
         region = np.mean([region_iou(*pair) for pair in pairs])

@@ -1,0 +1,89 @@
+"""The reference: sam2's own SAM2VideoPredictor on a folder of JPEGs, one session per object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import sam2.utils.misc
+import torch
+from sam2.build_sam import build_sam2_video_predictor
+
+from shapes import Box, Mask
+
+
+@dataclass(frozen=True)
+class ReferenceObject:
+    """One object: a mask `(H, W)` or a box XYXY on a frame."""
+
+    prompt: Mask | Box
+    frame: int = 0
+
+
+class Reference:
+    """The official predictor, built by the official builder.
+
+    Args:
+        config_name: One of sam2's configs.
+        checkpoint: Its weights.
+        image_size: Side of its input.
+        folder: JPEGs `00000.jpg` and so on; at least 16, so that their number has no effect.
+    """
+
+    def __init__(self, config_name: str, checkpoint: Path, image_size: int, folder: Path) -> None:
+        self._folder = folder
+        self._predictor = build_sam2_video_predictor(
+            config_name,
+            str(checkpoint),
+            device="cpu",
+            hydra_overrides_extra=[f"++model.image_size={image_size}"],
+        )
+
+    def track(
+        self, one: ReferenceObject, frame_count: int, *, backwards: bool = False
+    ) -> dict[int, Mask]:
+        """Return the object's masks by frame, its own first, over `frame_count` further frames."""
+        with hole_filling():
+            state = self._predictor.init_state(str(self._folder))
+            if isinstance(one.prompt, tuple):
+                box = np.array(one.prompt, dtype=np.float32)
+                self._predictor.add_new_points_or_box(state, one.frame, obj_id=0, box=box)
+            else:
+                self._predictor.add_new_mask(state, one.frame, obj_id=0, mask=one.prompt)
+            steps = self._predictor.propagate_in_video(
+                state, max_frame_num_to_track=frame_count, reverse=backwards
+            )
+            return {frame: (logits[0, 0] > 0).numpy() for frame, _, logits in steps}
+
+
+@contextmanager
+def hole_filling() -> Iterator[None]:
+    """Give sam2 on a CPU what its CUDA extension does on a GPU, by OpenCV."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sam2.utils.misc, "get_connected_components", _connected_components)
+        yield
+
+
+def write_frames(folder: Path, frames: Sequence[bytes]) -> Path:
+    """Write JPEGs as the predictor wants them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, frame in enumerate(frames):
+        (folder / f"{index:05d}.jpg").write_bytes(frame)
+    return folder
+
+
+def _connected_components(mask: Any) -> tuple[Any, Any]:
+    labels = np.zeros(mask.shape, dtype=np.int32)
+    areas = np.zeros(mask.shape, dtype=np.int32)
+    for index, one in enumerate(mask.cpu().numpy().astype(np.uint8)):
+        _, labels[index, 0], stats, _ = cv2.connectedComponentsWithStats(one[0], connectivity=8)
+        of_label = stats[:, cv2.CC_STAT_AREA].copy()
+        of_label[0] = 0
+        areas[index, 0] = of_label[labels[index, 0]]
+    return torch.from_numpy(labels).to(mask.device), torch.from_numpy(areas).to(mask.device)

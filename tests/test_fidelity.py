@@ -1,0 +1,104 @@
+"""Masks through the handler and a real Redis equal SAM2VideoPredictor's, bit for bit.
+
+The weights are random and scaled to react to the smallest inexactness (see random_weights.py), so
+a wrong rounding, a missing memory or a shifted time would not go unseen. The full sizes are in
+fidelity_full.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shapes import Mask
+from tests.clips import SIZE_HW, base64_text, blob_mask, block_mask, jpeg_frames
+from tests.conftest import CONFIG, IMAGE_SIZE, Function, RedisServer
+from tests.fidelity import equals, follow
+from tests.random_weights import write_checkpoint
+from tests.reference import Reference, ReferenceObject, write_frames
+
+FRAMES = 18  # more than SAM 2 remembers, and enough that their number has no effect
+SMALL_CONFIG = "configs/sam2.1/sam2.1_hiera_s.yaml"
+
+
+@pytest.fixture(scope="module", params=[CONFIG, SMALL_CONFIG])
+def function_and_reference(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    checkpoint: Path,
+    redis_server: RedisServer,
+    start_function: Callable[[dict[str, str]], Function],
+) -> tuple[Function, Reference]:
+    """The function and the official predictor on the same weights and frames."""
+    config: str = request.param
+    folder = tmp_path_factory.mktemp("frames")
+    if config != CONFIG:
+        checkpoint = write_checkpoint(config, folder / "weights.pt")
+    write_frames(folder, jpeg_frames(FRAMES))
+    environment = {"SAM2_CONFIG": config, "SAM2_CHECKPOINT": str(checkpoint)}
+    function = start_function(redis_server.environment | environment)
+    return function, Reference(config, checkpoint, IMAGE_SIZE, folder)
+
+
+OBJECTS = [
+    ReferenceObject(blob_mask()),
+    ReferenceObject((215.0, 35.5, 275.0, 104.0)),
+    ReferenceObject(block_mask(), frame=3),
+]
+
+
+def test_all_objects_at_once_equal_one_session_each(
+    function_and_reference: tuple[Function, Reference],
+) -> None:
+    """Three objects, two masks and a box, one of them started later, tracked in one run."""
+    function, reference = function_and_reference
+    frames = [base64_text(frame) for frame in jpeg_frames(FRAMES)]
+    ours = follow(function, frames, OBJECTS)
+
+    for one, masks in zip(OBJECTS, ours, strict=True):
+        expected = reference.track(one, FRAMES)
+        assert_equal_answers(one, masks, expected)
+
+
+def test_tracking_backwards_equals_a_reverse_session(
+    function_and_reference: tuple[Function, Reference],
+) -> None:
+    """Feeding the frames in falling order is the official `reverse=True`."""
+    function, reference = function_and_reference
+    frames = [base64_text(frame) for frame in jpeg_frames(FRAMES)]
+    one = ReferenceObject(blob_mask(), frame=9)
+    (masks,) = follow(function, frames, [one], backwards=True)
+
+    assert_equal_answers(one, masks, reference.track(one, FRAMES, backwards=True))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        pytest.param(np.eye(*SIZE_HW, dtype=np.bool_), id="diagonal"),
+        pytest.param(np.ones(SIZE_HW, dtype=np.bool_), id="everything"),
+        pytest.param(np.indices(SIZE_HW).sum(axis=0) % 7 < 5, id="stripes"),
+    ],
+)
+def test_odd_masks_start_as_the_predictor_starts(
+    function_and_reference: tuple[Function, Reference], mask: Mask
+) -> None:
+    """Thin, full and ragged prompts go through the same resizing and hole filling."""
+    function, reference = function_and_reference
+    frames = [base64_text(frame) for frame in jpeg_frames(FRAMES)]
+    one = ReferenceObject(mask)
+    (masks,) = follow(function, frames[:4], [one])
+
+    assert_equal_answers(one, masks, reference.track(one, 3))
+
+
+def assert_equal_answers(
+    one: ReferenceObject, answers: dict[int, list[float] | None], expected: dict[int, Mask]
+) -> None:
+    """Compare answered points with masks, frame by frame behind the prompt."""
+    assert set(answers) == set(expected) - {one.frame}
+    for frame, points in answers.items():
+        assert equals(one, points, expected[frame]), f"frame {frame}"

@@ -1,0 +1,183 @@
+"""The model room by itself: batches, holes, purity, devices."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from errors import SettingsError
+from model_handler import FrameFeatures, ModelHandler, ObjectOutput, fill_holes
+from model_loader import load_model, pick_device
+from settings import Settings
+from shapes import ShapeType
+from tests.clips import SIZE_HW, blob_mask, block_mask, jpeg_frames
+from tests.conftest import CONFIG, IMAGE_SIZE
+from track_state import PastFrame, TrackState
+
+FRAMES = 6
+
+
+@pytest.fixture(scope="module")
+def load(checkpoint: Path) -> Callable[[int], ModelHandler]:
+    """Load the test model with a batch limit."""
+
+    def load_with(batch_objects: int) -> ModelHandler:
+        return load_model(
+            Settings(
+                config=CONFIG,
+                checkpoint=str(checkpoint),
+                image_size=IMAGE_SIZE,
+                device="cpu",
+                batch_objects=batch_objects,
+            )
+        )
+
+    return load_with
+
+
+class Track:
+    """Objects of one model, followed by hand."""
+
+    def __init__(self, model: ModelHandler) -> None:
+        self.model = model
+        self.memories: dict[str, torch.Tensor] = {}
+
+    def begin(self, name: str, output: ObjectOutput) -> TrackState:
+        """Return the state after the object's first frame."""
+        frame = PastFrame(f"{name}0", 0, output.obj_ptr)
+        self.memories[frame.id] = output.memory
+        return TrackState(self.model.fingerprint, SIZE_HW, ShapeType.MASK, None, (frame,))
+
+    def step(
+        self, features: FrameFeatures, states: Sequence[TrackState]
+    ) -> tuple[list[ObjectOutput], list[TrackState]]:
+        """Return what the model finds on the next frame, and the states after it."""
+        outputs = self.model.step(features, states, self.memories)
+        after = []
+        for state, output in zip(states, outputs, strict=True):
+            frame_id = f"{state.newest.id}+"
+            self.memories[frame_id] = output.memory
+            after.append(state.advance(frame_id, output.obj_ptr, None))
+        return outputs, after
+
+
+def features_of(model: ModelHandler, index: int) -> FrameFeatures:
+    """Encode one frame of the test clip."""
+    data = jpeg_frames(FRAMES)[index]
+    return model.encode_frame(str(index), lambda: Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def test_a_batch_computes_what_one_at_a_time_computes(
+    load: Callable[[int], ModelHandler],
+) -> None:
+    """One step from equal states differs by rounding only, in any mixture of ages."""
+    single, batched = load(1), load(8)
+    track = Track(single)
+    older = track.begin("a", single.start_from_mask(features_of(single, 0), blob_mask()))
+    _, (older,) = track.step(features_of(single, 1), [older])
+    first = track.begin("b", single.start_from_mask(features_of(single, 1), blob_mask()))
+    second = track.begin("c", single.start_from_mask(features_of(single, 1), block_mask()))
+    third = track.begin("d", single.start_from_box(features_of(single, 1), (30, 60, 90, 120)))
+    states = [first, older, second, third]
+
+    alone = single.step(features_of(single, 2), states, track.memories)
+    together = batched.step(features_of(batched, 2), states, track.memories)
+
+    for one, other in zip(alone, together, strict=True):
+        assert torch.allclose(one.low_res_logits, other.low_res_logits, rtol=0, atol=1e-4)
+        assert torch.allclose(one.obj_ptr, other.obj_ptr, rtol=0, atol=1e-4)
+        assert one.memory.shape == other.memory.shape == single.memory_shape
+
+
+def test_answers_come_in_the_order_of_the_states(load: Callable[[int], ModelHandler]) -> None:
+    """Grouping by layout does not shuffle objects."""
+    model = load(8)
+    track = Track(model)
+    old = track.begin("a", model.start_from_mask(features_of(model, 0), blob_mask()))
+    _, (old,) = track.step(features_of(model, 1), [old])
+    young = track.begin("b", model.start_from_mask(features_of(model, 1), block_mask()))
+    features = features_of(model, 2)
+
+    old_first = model.step(features, [old, young], track.memories)
+    young_first = model.step(features, [young, old], track.memories)
+
+    assert torch.equal(old_first[0].low_res_logits, young_first[1].low_res_logits)
+    assert torch.equal(old_first[1].low_res_logits, young_first[0].low_res_logits)
+
+
+def test_a_step_leaves_its_state_as_it_was(load: Callable[[int], ModelHandler]) -> None:
+    """The same state steps twice to the same bits."""
+    model = load(1)
+    track = Track(model)
+    state = track.begin("a", model.start_from_mask(features_of(model, 0), blob_mask()))
+    before = track.memories["a0"].clone()
+    (once,) = model.step(features_of(model, 1), [state], track.memories)
+    (again,) = model.step(features_of(model, 1), [state], track.memories)
+
+    assert torch.equal(once.low_res_logits, again.low_res_logits)
+    assert torch.equal(once.memory, again.memory)
+    assert torch.equal(before, track.memories["a0"])
+
+
+def test_a_known_frame_is_not_encoded_again(load: Callable[[int], ModelHandler]) -> None:
+    """The second request on a frame finds its features."""
+    model = load(1)
+    features = features_of(model, 0)
+
+    def unwanted() -> Image.Image:
+        raise AssertionError("decoded again")
+
+    assert model.encode_frame("0", unwanted) is features
+
+
+def test_small_holes_become_foreground() -> None:
+    """Regions of at most `max_area` pixels, touching by corners included, turn to 0.1."""
+    logits = torch.ones(2, 1, 16, 16)
+    logits[0, 0, 2, 2] = logits[0, 0, 3, 3] = -1.0  # one hole of two pixels, over the corner
+    logits[0, 0, 8:11, 8:11] = -1.0  # nine pixels
+    logits[1, 0, 0, :] = -1.0  # sixteen pixels
+    filled = fill_holes(logits, 8)
+
+    assert torch.equal(filled[0, 0, [2, 3], [2, 3]], torch.tensor([0.1, 0.1]))
+    assert torch.equal(filled[0, 0, 8:11, 8:11], -torch.ones(3, 3))
+    assert torch.equal(filled[1], logits[1])
+
+
+def test_no_hole_leaves_the_logits_alone() -> None:
+    """Nothing is copied where nothing is to be filled."""
+    logits = torch.ones(1, 1, 8, 8)
+
+    assert fill_holes(logits, 8) is logits
+
+
+def test_an_area_of_zero_fills_nothing() -> None:
+    """As SAM 2's own setting does."""
+    logits = torch.ones(1, 1, 8, 8)
+    logits[0, 0, 4, 4] = -1.0
+
+    assert fill_holes(logits, 0) is logits
+
+
+def test_full_size_masks_have_the_size_of_the_frame(load: Callable[[int], ModelHandler]) -> None:
+    """Whatever the model's input size is."""
+    model = load(1)
+    features = features_of(model, 0)
+    mask = model.full_size_mask(features, model.start_from_mask(features, blob_mask()))
+
+    assert mask.shape == SIZE_HW
+    assert mask.dtype == np.bool_
+    assert np.count_nonzero(mask & blob_mask()) / np.count_nonzero(mask | blob_mask()) > 0.9
+
+
+def test_cuda_on_a_machine_without_is_refused_with_what_to_do() -> None:
+    """The function does not fall back to a CPU unasked."""
+    absent = f"cuda:{torch.cuda.device_count()}"
+
+    with pytest.raises(SettingsError, match=r"SAM2_DEVICE='cuda:\d+': PyTorch .* sees \d+"):
+        pick_device(absent)

@@ -1,0 +1,153 @@
+"""Two replicas on one Redis: any of them serves any frame, and a killed one loses nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from shapes import encode_cvat_rle
+from tests.clips import base64_text, blob_mask, block_mask, jpeg_frames
+from tests.conftest import Function, RedisServer, free_port
+
+ROOT = Path(__file__).parent.parent
+FRAMES = 12
+KILLED_AT = 6
+
+
+class Replica:
+    """A `local_server.py` process."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        port = free_port()
+        command = [sys.executable, "local_server.py", "--port", str(port)]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+        )
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
+
+    def wait(self) -> None:
+        """Return when it is healthy."""
+        while True:
+            assert self.process.poll() is None, "the replica did not start"
+            try:
+                if self.client.get("/healthz").is_success:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.05)
+
+    def track(self, image: str, shapes: Sequence[Any], states: Sequence[str]) -> dict[str, Any]:
+        """Post a tracker request that has to succeed."""
+        response = self.client.post("/", json={"image": image, "shapes": shapes, "states": states})
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def kill(self) -> None:
+        """End it at once, by SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+        self.client.close()
+
+
+@pytest.fixture
+def start_replicas(
+    redis_server: RedisServer, model_environment: dict[str, str]
+) -> Iterator[Callable[[int], list[Replica]]]:
+    """Start replicas on the test model and one Redis."""
+    started: list[Replica] = []
+    environment = os.environ | model_environment | redis_server.environment
+
+    def start(count: int) -> list[Replica]:
+        new = [Replica(environment) for _ in range(count)]
+        started.extend(new)
+        for replica in new:
+            replica.wait()
+        return new
+
+    yield start
+    for replica in started:
+        replica.kill()
+
+
+def prompts() -> list[dict[str, Any]]:
+    """Two masks."""
+    return [
+        {"type": "mask", "points": encode_cvat_rle(mask)} for mask in (blob_mask(), block_mask())
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(function: Function) -> list[list[Any]]:
+    """The answers of one process that nobody disturbs."""
+    frames = [base64_text(frame) for frame in jpeg_frames(FRAMES)]
+    states = function.track(frames[0], prompts(), [])["states"]
+    answers = []
+    for frame in frames[1:]:
+        answer = function.track(frame, [None] * len(states), states)
+        states = answer["states"]
+        answers.append(answer["shapes"])
+    return answers
+
+
+def test_a_killed_replica_costs_one_repeated_request(
+    start_replicas: Callable[[int], list[Replica]], undisturbed: list[list[Any]]
+) -> None:
+    """Requests alternate; one replica dies with a request in flight; the other repeats it."""
+    replicas = start_replicas(2)
+    frames = [base64_text(frame) for frame in jpeg_frames(FRAMES)]
+    states = replicas[0].track(frames[0], prompts(), [])["states"]
+    answers = []
+    for number, frame in enumerate(frames[1:], start=1):
+        if number == KILLED_AT:
+            with in_flight(replicas[0], frame, states):
+                replicas[0].process.kill()
+            replicas.pop(0).kill()
+        replica = replicas[number % len(replicas)]
+        answer = replica.track(frame, [None] * len(states), states)
+        states = answer["states"]
+        answers.append(answer["shapes"])
+
+    assert answers == undisturbed
+
+
+def test_a_cold_replica_continues_any_track(
+    start_replicas: Callable[[int], list[Replica]], undisturbed: list[list[Any]]
+) -> None:
+    """A replica that never saw the track reads all of it from Redis."""
+    frames = [base64_text(frame) for frame in jpeg_frames(FRAMES)]
+    (first,) = start_replicas(1)
+    states = first.track(frames[0], prompts(), [])["states"]
+    for frame in frames[1:-1]:
+        states = first.track(frame, [None] * len(states), states)["states"]
+    first.kill()
+    (second,) = start_replicas(1)
+    answer = second.track(frames[-1], [None] * len(states), states)
+
+    assert answer["shapes"] == undisturbed[-1]
+
+
+@contextmanager
+def in_flight(replica: Replica, image: str, states: Sequence[str]) -> Iterator[None]:
+    """Send a request on a connection of its own and do not wait for the answer."""
+    body = {"image": image, "shapes": [None] * len(states), "states": list(states)}
+    request = replica.client.build_request("POST", "/", json=body)
+    content = request.read()
+    host, port = replica.client.base_url.host, replica.client.base_url.port
+    head = (
+        f"POST / HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
+    with socket.create_connection((host, port or 80)) as connection:
+        connection.sendall(head.encode() + content)
+        yield
+        assert connection.recv(1) == b""  # it ended without an answer
