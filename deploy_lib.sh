@@ -184,7 +184,7 @@ preflight() {
     # Nuclio's dashboard, a container of CVAT's compose files, is what CVAT asks for functions.
     server=$(docker inspect --format '{{.Config.Image}}' nuclio 2>/dev/null || true)
     server=$(grep -oE '[0-9]+\.[0-9]+\.[0-9]+' <<<"$server" | head -n 1 || true)
-    client=$(nuctl version 2>/dev/null | grep -oE '[0-9]+\.[0-9]+\.[0-9]+' | head -n 1 || true)
+    client=$(nuctl version 2>/dev/null | grep -oE 'Label: *[0-9]+\.[0-9]+\.[0-9]+' | grep -oE '[0-9.]+$' || true)
     if [[ -z $server ]]; then
         complain "Warning: no container named nuclio runs here, and CVAT asks it for functions. Start CVAT with components/serverless/docker-compose.serverless.yml."
     elif [[ $client != "$server" ]]; then
@@ -195,8 +195,12 @@ preflight() {
 stage_function() {
     # nuctl copies the whole folder into the image and stumbles over links to folders, such as those
     # in a virtual environment: it gets a copy of what the function is made of, readable to all.
-    stage=$(mktemp -d)
-    trap 'rm -rf -- "$stage"' EXIT
+    local work
+    work=$(mktemp -d)
+    # shellcheck disable=SC2064 # the folder's name as it is now
+    trap "rm -rf -- '$work'" EXIT
+    stage=$work/function
+    mkdir "$stage"
     cp -- "$folder"/*.py "$folder"/requirements*.txt "$folder/$config" "$stage/"
     [[ ! -d $folder/weights ]] || cp -R -- "$folder/weights" "$stage/weights"
     if [[ -n $model && $kind == GPU ]]; then
@@ -207,7 +211,8 @@ stage_function() {
         sed -i.bak '/^  build:/,/^  [^ #]/ { /^  build:/d; /^  [^ #]/!d; }' "$stage/$config"
     fi
     rm -f -- "$stage/$config.bak"
-    chmod -R a+rX -- "$stage"
+    chmod -R a+rX -- "$work"
+    cd "$work" || exit # nuctl writes temporary files into the folder it is started in
     [[ $dry_run == no ]] ||
         say "# $stage: a copy of *.py, requirements*.txt, $config and weights/ of $folder"
 }

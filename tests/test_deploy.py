@@ -25,7 +25,7 @@ IMAGE = "{{.Config.Image}}"  # how the dashboard's version is asked for
 # What the scripts need besides docker, nuctl, curl and kubectl.
 SHELL_TOOLS = [
     *("basename", "bash", "cat", "chmod", "cp", "cut", "dirname", "env", "grep", "head"),
-    *("mktemp", "rm", "sed", "sh", "tr"),
+    *("mkdir", "mktemp", "rm", "sed", "sh", "tr"),
 ]
 EXIT_FAILED, EXIT_USAGE, EXIT_MISSING, EXIT_SELF_TEST = 1, 2, 3, 4
 
