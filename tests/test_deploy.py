@@ -4,9 +4,9 @@ import ast
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,6 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parent.parent
-RECORDER = Path(__file__).parent / "stubs" / "recorder.py"
 NAME = "pth-facebookresearch-sam2-tracker"
 BASE_IMAGE = "cvat.pytorch.facebookresearch.sam2_tracker.base"
 NETWORK = '{"attributes": {"network": "cvat_cvat"}}'
@@ -27,6 +26,7 @@ SHELL_TOOLS = [
     *("basename", "bash", "cat", "chmod", "cp", "cut", "dirname", "env", "grep", "head"),
     *("mkdir", "mktemp", "rm", "sed", "sh", "tr"),
 ]
+TOOLS = ("docker", "nuctl", "curl", "kubectl")
 EXIT_FAILED, EXIT_USAGE, EXIT_MISSING, EXIT_SELF_TEST = 1, 2, 3, 4
 
 Answer = tuple[str, list[str], str, int]
@@ -73,6 +73,28 @@ class Outcome:
         return [call for call in self.calls if tuple(call[: len(prefix)]) == prefix]
 
 
+# Stands in for docker, nuctl, curl and kubectl: notes its command line, keeps the folder that a
+# deployment names, answers as it was told.
+STUB = """#!/bin/sh
+printf '%s\\n' "$(basename "$0")" "$@" . >> {calls}
+has() {{
+    word=$1
+    shift
+    for one in "$@"; do [ "$one" != "$word" ] || return 0; done
+    return 1
+}}
+config() {{
+    while [ "$1" != --file ]; do shift; done
+    dirname "$2"
+}}
+if has deploy "$@"; then
+    rm -rf {staged}
+    cp -Rp "$(config "$@")" {staged}
+fi
+{answers}
+"""
+
+
 @dataclass(frozen=True)
 class Machine:
     """A PATH on which only stand-ins and a few shell tools are found."""
@@ -95,21 +117,43 @@ class Machine:
         answers: list[Answer] | None = None,
         env: dict[str, str] | None = None,
     ) -> Outcome:
-        """Run a script of the repository, or a copy of it, to its end."""
-        (self.folder / "answers.json").write_text(json.dumps((answers or []) + HEALTHY))
-        (self.folder / "calls.jsonl").write_text("")
+        """Run a script of the repository, or a copy of it, to its end.
+
+        Args:
+            script: Path, absolute or from the repository's root.
+            arguments: Of the script.
+            answers: What differs from a machine on which all is well; the first match wins.
+            env: What the environment holds besides PATH and HOME.
+        """
+        calls = self.folder / "calls"
+        calls.write_text("")
+        for tool in TOOLS:
+            if (self.bin / tool).exists():
+                self._write_stub(tool, [*(answers or []), *HEALTHY])
         done = subprocess.run(
             [str(REPOSITORY / script), *map(str, arguments)],
-            env={"PATH": str(self.bin), "RECORDER_FOLDER": str(self.folder), "HOME": "/"}
-            | (env or {}),
+            env={"PATH": str(self.bin), "HOME": "/"} | (env or {}),
             cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
         )
-        lines = (self.folder / "calls.jsonl").read_text().splitlines()
-        return Outcome(done.returncode, done.stdout, [_unstage(json.loads(line)) for line in lines])
+        noted = [call.splitlines() for call in calls.read_text().split("\n.\n") if call]
+        return Outcome(done.returncode, done.stdout, [_unstage(call) for call in noted])
+
+    def _write_stub(self, tool: str, answers: list[Answer]) -> None:
+        lines = []
+        for answering, words, output, status in answers:
+            if answering == tool:
+                test = " && ".join(f'has {shlex.quote(word)} "$@"' for word in words)
+                lines.append(f"if {test}; then printf %s {shlex.quote(output)}; exit {status}; fi")
+        stub = STUB.format(
+            calls=shlex.quote(str(self.folder / "calls")),
+            staged=shlex.quote(str(self.folder / "staged")),
+            answers="\n".join(lines),
+        )
+        (self.bin / tool).write_text(stub)
 
 
 def _unstage(call: list[str]) -> list[str]:
@@ -129,10 +173,8 @@ def machine(tmp_path: Path) -> Machine:
         found = shutil.which(tool)
         assert found, f"{tool} is missing on this machine"
         (bin_folder / tool).symlink_to(found)
-    for tool in ("docker", "nuctl", "curl", "kubectl"):
-        stub = bin_folder / tool
-        stub.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{RECORDER}" {tool} "$@"\n')
-        stub.chmod(0o755)
+    for tool in TOOLS:
+        (bin_folder / tool).touch(0o755)
     return Machine(tmp_path)
 
 
