@@ -43,6 +43,9 @@ class Engine(Protocol):
             TrackerError: As `Tracker.run` does.
         """
 
+    def close(self) -> None:
+        """Let go of what it holds."""
+
 
 class LocalEngine:
     """Tracks in this process; states live and end with it.
@@ -55,7 +58,12 @@ class LocalEngine:
         store = MemoryStateStore(
             state_ttl_s=settings.state_ttl_s, retry_window_s=settings.retry_window_s
         )
+        self._store = store
         self._tracker = build_tracker(settings, store)
+
+    def close(self) -> None:
+        """Forget all tracks."""
+        self._store.close()
 
     def track(self, frame: Image.Image, items: Sequence[Start | Continue]) -> list[TrackedObject]:
         """See `Engine.track`."""
@@ -73,6 +81,10 @@ class RemoteEngine:
     def __init__(self, url: str) -> None:
         self._url = url
         self._client = httpx.Client(timeout=REQUEST_TIMEOUT_S)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
 
     def track(self, frame: Image.Image, items: Sequence[Start | Continue]) -> list[TrackedObject]:
         """See `Engine.track`; masks and scores stay with the function.

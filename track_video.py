@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -210,17 +211,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         clip = open_clip(options.clip)
         prompts = read_prompts(options.shapes)
-        engine = (
-            RemoteEngine(options.url) if options.url else LocalEngine(Settings.from_env(os.environ))
-        )
-        outcome = track_clip(
-            clip,
-            prompts,
-            engine,
-            options.out,
-            last_frame=options.last_frame,
-            backwards=options.backwards,
-        )
+        with closing(_engine(options.url)) as engine:
+            outcome = track_clip(
+                clip,
+                prompts,
+                engine,
+                options.out,
+                last_frame=options.last_frame,
+                backwards=options.backwards,
+            )
     except (TrackerError, SettingsError) as err:
         print(f"track_video: {err}", file=sys.stderr)
         return 1

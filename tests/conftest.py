@@ -145,8 +145,11 @@ class Function:
 
 
 @pytest.fixture(scope="session")
-def start_function(model_environment: dict[str, str]) -> Callable[[dict[str, str]], Function]:
+def start_function(
+    model_environment: dict[str, str],
+) -> Iterator[Callable[[dict[str, str]], Function]]:
     """Start the function in this process with the test model and further variables."""
+    contexts = []
 
     def start(environment: dict[str, str]) -> Function:
         import local_server
@@ -159,9 +162,12 @@ def start_function(model_environment: dict[str, str]) -> Callable[[dict[str, str
             for name, value in (model_environment | environment).items():
                 patch.setenv(name, value)
             main.init_context(context)
+        contexts.append(context)
         return Function(context)
 
-    return start
+    yield start
+    for context in contexts:
+        context.user_data.service.store.close()
 
 
 @pytest.fixture(scope="session")

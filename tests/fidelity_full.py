@@ -1,4 +1,4 @@
-"""Compares the function with SAM2VideoPredictor at full sizes: `make fidelity CLIP=FOLDER_OF_JPEGS`.
+"""Compares the function with SAM2VideoPredictor at full sizes: `make fidelity CLIP=FOLDER`.
 
 The same comparison as test_fidelity.py, on real frames: tiny and small configs, sensitive random
 weights, 30 frames at 512 px and 18 at 1024 px, three objects (two masks, one box, one of them
@@ -42,9 +42,9 @@ def main() -> None:
         server = RedisServer(Path(folder))
         os.environ |= server.environment
         try:
-            for config in CONFIGS:
-                checkpoint = write_checkpoint(config, Path(folder, "weights.pt"))
-                for image_size, count in SIZES:
+            for image_size, count in SIZES:
+                for config in CONFIGS:
+                    checkpoint = write_checkpoint(config, Path(folder, "weights.pt"))
                     all_equal &= compare(config, checkpoint, image_size, frames[:count])
         finally:
             server.stop()
@@ -70,19 +70,17 @@ def compare(config: str, checkpoint: Path, image_size: int, frames: list[bytes])
             objects = objects_on(frames, backwards=backwards)
             ours = follow(Function(context), images, objects, backwards=backwards)
             spent_s = time.monotonic() - begin
+            direction = "backwards" if backwards else "forwards"
             for name, one, answers in zip(("mask", "later", "box"), objects, ours, strict=True):
                 expected = reference.track(one, len(frames), backwards=backwards)
-                equal = [
-                    equals(one, answers[at], mask) for at, mask in expected.items() if at in answers
-                ]
+                equal = [equals(one, points, expected[at]) for at, points in answers.items()]
                 covered = np.mean([mask.mean() for mask in expected.values()])
-                direction = "backwards" if backwards else "forwards"
                 print(
                     f"{Path(config).stem} {image_size} px {direction} {name}: {sum(equal)} of "
-                    f"{len(equal)} masks equal (mean area {covered:.1%}, ours took {spent_s:.0f} s)",
+                    f"{len(expected) - 1} masks equal (mean area {covered:.1%}, {spent_s:.0f} s)",
                     flush=True,
                 )
-                all_equal &= all(equal) and len(equal) == len(answers)
+                all_equal &= sum(equal) == len(expected) - 1
     return all_equal
 
 

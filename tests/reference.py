@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,17 @@ class Reference:
             device="cpu",
             hydra_overrides_extra=[f"++model.image_size={image_size}"],
         )
+        # Every session encodes the same frames to the same features: once is enough.
+        encode = self._predictor.forward_image
+        encoded: dict[bytes, Any] = {}
+
+        def encode_once(image: torch.Tensor) -> Any:
+            key = hashlib.sha256(image.numpy().tobytes()).digest()
+            if key not in encoded:
+                encoded[key] = encode(image)
+            return encoded[key]
+
+        self._predictor.forward_image = encode_once
 
     def track(
         self, one: ReferenceObject, frame_count: int, *, backwards: bool = False
