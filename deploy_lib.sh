@@ -29,6 +29,7 @@ Deploys the function in FOLDER (default: the folder of this script) on $1, so th
   --model ID             model to bake in, for example facebook/sam2.1-hiera-large, or micro
                          (default: SAM2_MODEL_ID, else facebook/sam2.1-hiera-tiny)
   --image NAME           deploy this image, built before (docs/deployment.md), instead of building
+  --build-only           build the function's image and start nothing, to carry it elsewhere
   --env NAME=VALUE       one more environment variable of the function; may be repeated
   --no-self-test         do not ask the deployed function for a track
   --dry-run              print the commands instead of running them
@@ -49,7 +50,7 @@ parse_arguments() { # parse_arguments <CPU or GPU> <script folder> <arguments...
     shift 2
     platform=local namespace='' project=cvat network=cvat_cvat
     registry=${NUCTL_REGISTRY:-} model=${SAM2_MODEL_ID:-} image=''
-    self_test=yes dry_run=no extra_env=()
+    self_test=yes dry_run=no build_only=no extra_env=()
     local given=no
     while (($#)); do
         case $1 in
@@ -59,6 +60,7 @@ parse_arguments() { # parse_arguments <CPU or GPU> <script folder> <arguments...
                 ;;
             --dry-run) dry_run=yes ;;
             --no-self-test) self_test=no ;;
+            --build-only) build_only=yes self_test=no ;;
             --platform | --namespace | --project | --network | --registry | --model | --image | --env)
                 (($# > 1)) || fail "$EXIT_USAGE" "$1 needs a value; see --help"
                 case $1 in
@@ -85,6 +87,8 @@ parse_arguments() { # parse_arguments <CPU or GPU> <script folder> <arguments...
     done
     [[ $platform == local || $platform == kube ]] ||
         fail "$EXIT_USAGE" "--platform $platform is not known: expected local or kube"
+    [[ $build_only == no || $platform$image == local ]] ||
+        fail "$EXIT_USAGE" "--build-only goes with neither --platform kube nor --image"
     [[ $model =~ ^[A-Za-z0-9._/-]*$ ]] ||
         fail "$EXIT_USAGE" "--model $model is not a model id like facebook/sam2.1-hiera-tiny"
 }
@@ -98,12 +102,14 @@ find_function() { # find_function <yaml name>
     config=$1
     function_name=$(sed -n 's/^  name: *//p' "$folder/$config" | head -n 1)
     base_image=$(sed -n 's/^ *baseImage: *//p' "$folder/$config" | head -n 1)
+    function_image=$(sed -n 's/^    image: *//p' "$folder/$config" | head -n 1)
     display_name=$(sed -n "s/^    name: *'\(.*\)'/\1/p" "$folder/$config" | head -n 1)
 }
 
 collect_env() {
     local name suffix
     function_env=()
+    [[ $build_only == no ]] || return 0
     if [[ -z ${CVAT_FUNCTIONS_REDIS_HOST+set} && $platform == local ]]; then
         function_env+=(CVAT_FUNCTIONS_REDIS_HOST=cvat_redis_ondisk)
         CVAT_FUNCTIONS_REDIS_PORT=${CVAT_FUNCTIONS_REDIS_PORT:-6666}
@@ -165,7 +171,7 @@ preflight() {
         :
     elif ! docker info >/dev/null 2>&1; then
         missing+=("the Docker daemon does not answer ('docker info' says why)")
-    elif [[ $platform == local ]]; then
+    elif [[ $platform == local && $build_only == no ]]; then
         docker network inspect "$network" >/dev/null 2>&1 ||
             missing+=("the Docker network $network is not there: start CVAT first, or name its network with --network")
         if [[ $kind == GPU ]]; then
@@ -180,7 +186,7 @@ preflight() {
         for tool in "${missing[@]}"; do complain "  - $tool"; done
         exit "$EXIT_MISSING"
     fi
-    [[ $platform == local ]] || return 0
+    [[ $platform == local && $build_only == no ]] || return 0
     # Nuclio's dashboard, a container of CVAT's compose files, is what CVAT asks for functions.
     server=$(docker inspect --format '{{.Config.Image}}' nuclio 2>/dev/null || true)
     server=$(grep -oE '[0-9]+\.[0-9]+\.[0-9]+' <<<"$server" | head -n 1 || true)
@@ -248,8 +254,11 @@ deploy_function() {
     fi
     ((${#function_env[@]} == 0)) ||
         for pair in "${function_env[@]}"; do arguments+=(--env "$pair"); done
-    [[ $platform == kube ]] ||
+    if [[ $build_only == yes ]]; then
+        arguments+=(--disable) # 'nuctl build' crashes on the local platform
+    elif [[ $platform == local ]]; then
         arguments+=(--platform-config "{\"attributes\": {\"network\": \"$network\"}}")
+    fi
     run nuctl deploy --project-name "$project" "${arguments[@]}" ||
         fail "$EXIT_FAILED" "The function was not deployed. A function of this name that ran before may be gone: look at 'nuctl get function --platform $platform'."
 }
@@ -330,5 +339,10 @@ deploy() { # deploy <CPU or GPU> <yaml name> <script folder> <arguments...>
     [[ $kind == GPU || -n $image ]] || build_base_image
     ensure_project
     deploy_function
-    [[ $dry_run == yes ]] || report
+    [[ $dry_run == no ]] || return 0
+    if [[ $build_only == yes ]]; then
+        say "Built $function_image. Deploy it where CVAT is with --image $function_image."
+    else
+        report
+    fi
 }

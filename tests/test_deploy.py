@@ -449,6 +449,20 @@ def test_image_built_before_is_deployed_without_building(machine: Machine) -> No
     assert staged == original
 
 
+def test_image_is_built_without_a_cvat_or_a_gpu_beside_it(machine: Machine) -> None:
+    """For a site without internet: built here, carried over, deployed there with --image."""
+    outcome = machine.run(
+        "deploy_gpu.sh",
+        "--build-only",
+        answers=[("docker", ["network"], "", 1), ("docker", ["info"], "{}", 0)],
+    )
+
+    assert outcome.status == 0, outcome.text
+    assert outcome.of("nuctl", "deploy") == [nuctl_deploy("function-gpu.yaml", "--disable")]
+    assert outcome.of("nuctl", "get", "function") == []
+    assert "--image cvat.pth.facebookresearch.sam2_tracker:latest-gpu" in outcome.text
+
+
 def test_proxies_reach_the_build_without_being_printed(machine: Machine) -> None:
     """A proxy's URL may hold a password: Docker reads it from the environment."""
     proxy = "http://user:hunter2@proxy.example.com:3128"
@@ -630,6 +644,7 @@ def test_function_that_cvat_will_not_list_is_told_so(
         (["--env", "NOVALUE"], "NAME=VALUE"),
         (["--model", "a b"], "not a model id"),
         (["--frobnicate"], "not an option"),
+        (["--build-only", "--image", "x"], "neither --platform kube nor --image"),
         (["one", "two"], "one folder at a time"),
         (["/nowhere"], "has no function.yaml"),
     ],
@@ -646,13 +661,15 @@ def test_wrong_options_are_refused_with_what_is_expected(
 
 def test_help_names_every_option(machine: Machine) -> None:
     """The options in the text are those that the script knows."""
-    known = re.findall(r"(--[a-z-]+)(?= \||\))", (REPOSITORY / "deploy_lib.sh").read_text())
+    script = (REPOSITORY / "deploy_lib.sh").read_text()
+    cases = re.findall(r"^ +(--[a-z-]+(?: \| --?[a-z-]+)*)\)", script, flags=re.MULTILINE)
+    known = {option for case in cases for option in case.split(" | ") if len(option) > 2}
 
     outcome = machine.run("deploy_gpu.sh", "--help")
 
     assert outcome.status == 0
     assert len(known) >= 10
-    assert [option for option in known if option not in outcome.text] == []
+    assert {option for option in known if option not in outcome.text} == set()
 
 
 @pytest.mark.skipif(
