@@ -1,0 +1,132 @@
+"""The bundled model's promises: its clips, its measures, its files."""
+
+import numpy as np
+import pytest
+import torch
+
+from shapes import Shape, ShapeType, shape_to_mask
+from training.clips import DEMO_SEEDS, HELD_OUT_SEEDS, TRAINING_SEEDS, Script, make_clip
+from training.demo_clip import DEMO_FRAMES, DEMO_SEED, make_demo_clip, write_demo_clip
+from training.held_out import HIDDEN_FRAMES, choose_held_out, hidden_run
+from training.losses import compute_losses
+from training.metrics import boundary_f, region_iou
+from training.model import CHECKPOINT, build_model
+from training.unroll import Prediction
+
+SMALL_HW = (90, 160)
+
+
+def test_a_seed_names_one_clip() -> None:
+    """The same seed draws the same clip, another seed another."""
+    first, again, other = (
+        make_clip(seed, frames=4, size_hw=SMALL_HW, script=Script()) for seed in (7, 7, 8)
+    )
+
+    assert np.array_equal(first.frames, again.frames)
+    assert np.array_equal(first.labels, again.labels)
+    assert not np.array_equal(first.frames, other.frames)
+
+
+def test_seeds_of_training_measuring_and_demo_never_meet() -> None:
+    """No clip is both trained on and shown or measured."""
+    ranges = (TRAINING_SEEDS, HELD_OUT_SEEDS, DEMO_SEEDS)
+
+    assert DEMO_SEED in DEMO_SEEDS
+    for one in ranges:
+        for other in ranges:
+            assert one is other or one.stop <= other.start or other.stop <= one.start
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_occlusion_hides_the_target_wholly_and_gives_it_back(index: int) -> None:
+    """Held-out clips hide their target for 5 to 10 frames, by a body or a pillar."""
+    held_out = list(choose_held_out(index + 1))[index]
+    clip = held_out.make(SMALL_HW)
+    run = hidden_run((clip.labels == held_out.bodies[0] + 1).any(axis=(1, 2)))
+
+    assert run is not None
+    assert run[1] - run[0] in HIDDEN_FRAMES
+
+
+def test_the_demo_clip_hides_one_of_its_three_objects() -> None:
+    """The object that is prompted by a mask disappears for some frames, the others stay."""
+    clip, bodies = make_demo_clip()
+    shown = np.stack([(clip.labels == body + 1).any(axis=(1, 2)) for body in bodies])
+
+    assert clip.frames.shape == (DEMO_FRAMES, 360, 640, 3)
+    assert hidden_run(shown[0]) is not None
+    assert shown[1:].all()
+
+
+def test_the_demo_prompts_draw_the_truth_of_the_first_frame(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Mask, polygon and box in `shapes.json` agree with `truth.npz`."""
+    import json
+
+    out = tmp_path_factory.mktemp("demo")
+    write_demo_clip(out)
+    prompts = json.loads((out / "shapes.json").read_text())
+    truth = np.load(out / "truth.npz")["masks"]
+    drawn = [
+        shape_to_mask(Shape(ShapeType(one["type"]), one["points"]), (360, 640)) for one in prompts
+    ]
+
+    assert [one["type"] for one in prompts] == ["mask", "polygon", "rectangle"]
+    assert region_iou(drawn[0], truth[0, 0]) == 1.0
+    assert region_iou(drawn[1], truth[0, 1]) > 0.97
+    assert drawn[2][truth[0, 2]].all()
+    assert len(list((out / "frames").glob("*.jpg"))) == len(truth)
+
+
+def _square(left: int, top: int, side: int) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
+    mask = np.zeros((100, 100), bool)
+    mask[top : top + side, left : left + side] = True
+    return mask
+
+
+def test_j_is_the_overlap() -> None:
+    """J is intersection over union, and 1 where both masks are empty."""
+    empty = np.zeros((100, 100), bool)
+
+    assert region_iou(_square(10, 10, 20), _square(10, 10, 20)) == 1.0
+    assert region_iou(_square(10, 10, 20), _square(20, 10, 20)) == pytest.approx(1 / 3)
+    assert region_iou(_square(10, 10, 20), empty) == 0.0
+    assert region_iou(empty, empty) == 1.0
+
+
+def test_f_forgives_a_shift_within_the_tolerance_only() -> None:
+    """At 100 x 100 pixels outlines may be 2 pixels apart, not more."""
+    empty = np.zeros((100, 100), bool)
+
+    assert boundary_f(_square(20, 20, 40), _square(20, 20, 40)) == 1.0
+    assert boundary_f(_square(20, 20, 40), _square(22, 20, 40)) == 1.0
+    assert boundary_f(_square(20, 20, 40), _square(30, 30, 40)) < 0.2
+    assert boundary_f(empty, _square(20, 20, 40)) == 0.0
+    assert boundary_f(empty, empty) == 1.0
+
+
+def test_the_losses_prefer_the_truth() -> None:
+    """A right mask of a visible object costs next to nothing, a wrong one or a denial much."""
+    truth = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+    truth[..., 16:48, 16:48] = True
+    right = (truth.float() * 20 - 10).expand(1, 3, 64, 64)
+    sure = torch.ones(1, 3)
+
+    def cost(masks: torch.Tensor, score: float) -> float:
+        prediction = Prediction(0, masks, sure, torch.tensor([[score]]))
+        return float(compute_losses([prediction], truth, 64).total)
+
+    assert cost(right, 10.0) < 0.01
+    assert cost(-right, 10.0) > 1.0
+    assert cost(right, -10.0) > 1.0
+
+
+def test_the_bundled_checkpoint_fits_its_config_and_its_size() -> None:
+    """The weights load into the model of the YAML, nothing missing, in at most 8 MB."""
+    weights = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)["model"]
+    model = build_model()
+    model.load_state_dict(weights, strict=True)
+
+    assert CHECKPOINT.stat().st_size <= 8_000_000
+    assert all(value.isfinite().all() for value in model.state_dict().values())

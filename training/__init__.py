@@ -1,0 +1,1 @@
+"""How the bundled `micro` weights are made: synthetic clips, training, and measurement."""

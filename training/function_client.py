@@ -1,0 +1,112 @@
+"""Follows objects through a clip by the function's own handler, in this process."""
+
+import base64
+import json
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from nuclio_sdk import Context, Event, Logger
+
+import main as function
+from shapes import Mask, Shape, ShapeType, mask_to_shape, shape_to_mask
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """Where one object is on one frame.
+
+    `shape` is what the function answered, None where it says the object is not there; `mask` is
+    `(H, W)` bool: the shape drawn, but for a rectangle the mask behind it.
+    """
+
+    shape: Shape | None
+    mask: Mask
+
+
+class FunctionClient:
+    """Starts the function as Nuclio does, with the embedded store, and sends it frames."""
+
+    def __init__(self) -> None:
+        """Start the function; `load_s` is how long that took, in seconds."""
+        os.environ.setdefault("SAM2_MODEL_ID", "micro")
+        os.environ.setdefault("SAM2_DEVICE", "cpu")
+        os.environ.pop("CVAT_FUNCTIONS_REDIS_HOST", None)
+        self._context = Context(logger=Logger(level="INFO"), worker_id=0)
+        begin = time.perf_counter()
+        function.init_context(self._context)
+        self.load_s = time.perf_counter() - begin
+        self.request_ms: list[float] = []
+        self._masks: list[Mask] = []
+        self._listen()
+
+    def follow(
+        self, frames: npt.NDArray[np.uint8], masks: list[Mask], kinds: list[ShapeType]
+    ) -> list[list[Answer]]:
+        """Prompt objects on the first frame and follow them to the last.
+
+        Args:
+            frames: `(T, H, W, 3)` uint8 RGB.
+            masks: The true mask of each object on the first frame, `(H, W)` bool.
+            kinds: The shape that each is prompted with.
+
+        Returns:
+            For each of the frames 1 to T - 1, one answer per object.
+        """
+        prompts = [mask_to_shape(mask, kind) for mask, kind in zip(masks, kinds, strict=True)]
+        assert all(prompt is not None for prompt in prompts)
+        shapes = [{"type": str(s.type), "points": list(s.points)} for s in prompts if s]
+        states = self._post(frames[0], shapes, [])["states"]
+        answers = []
+        for frame in frames[1:]:
+            self._masks.clear()
+            reply = self._post(frame, [None] * len(kinds), states)
+            states = reply["states"]
+            answers.append(
+                [
+                    self._read(shape, mask)
+                    for shape, mask in zip(reply["shapes"], self._masks, strict=True)
+                ]
+            )
+        return answers
+
+    def _post(
+        self, frame: npt.NDArray[np.uint8], shapes: list[Any], states: list[str]
+    ) -> dict[str, Any]:
+        _, png = cv2.imencode(
+            ".png", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 1]
+        )
+        image = base64.b64encode(png.tobytes()).decode()
+        body = {"image": image, "shapes": shapes, "states": states}
+        event = Event(body=body, content_type="application/json", method="POST")
+        begin = time.perf_counter()
+        response = function.handler(self._context, event)
+        self.request_ms.append((time.perf_counter() - begin) * 1000)
+        assert response.status_code == 200, response.body
+        reply: dict[str, Any] = json.loads(response.body)
+        return reply
+
+    def _read(self, wire: dict[str, Any] | None, heard: Mask) -> Answer:
+        if wire is None:
+            return Answer(None, np.zeros_like(heard))
+        shape = Shape(ShapeType(wire["type"]), wire["points"])
+        if shape.type is ShapeType.RECTANGLE:
+            # a rectangle keeps its last box when the object is lost: the mask tells
+            return Answer(shape if heard.any() else None, heard)
+        return Answer(shape, shape_to_mask(shape, heard.shape))
+
+    def _listen(self) -> None:
+        """Hear the masks behind the answers: of a rectangle the wire shows only the box."""
+        handler = self._context.user_data.service.tracker._model  # noqa: SLF001
+        original = handler.full_size_mask
+
+        def heard(*args: Any, **kwargs: Any) -> Mask:  # noqa: ANN401
+            mask: Mask = original(*args, **kwargs)
+            self._masks.append(mask)
+            return mask
+
+        handler.full_size_mask = heard
