@@ -8,6 +8,7 @@ that made it. Both are safetensors; whoever wrote the bytes is not trusted.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 
 import safetensors.torch
@@ -23,6 +24,8 @@ SCHEMA_VERSION = 1
 # and to fifteen of their object pointers (max_obj_ptrs_in_encoder - 1): sam2/modeling/sam2_base.py.
 MEMORY_REACH = 6
 POINTER_REACH = 15
+
+MAX_STEPS = 1 << 31  # beyond every video
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +137,8 @@ def decode_state(data: bytes, *, step_id: str, fingerprint: str, obj_ptr_size: i
         or not conditioning
         or len(past) > POINTER_REACH
         or steps != sorted(set(steps))
+        or not 0 <= steps[0] <= steps[-1] < MAX_STEPS
+        or not all(map(math.isfinite, last_box or ()))
         or entries[-1][0] != step_id
         or obj_ptrs.dtype != torch.float32
         or obj_ptrs.shape != (len(entries), obj_ptr_size)
