@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import local_server
+from shapes import encode_cvat_rle
+from tests.clips import base64_text, blob_mask, jpeg_frames
+from tests.conftest import RedisServer, free_port
+
+FRAMES = [base64_text(data) for data in jpeg_frames(3)]
+MASK = {"type": "mask", "points": encode_cvat_rle(blob_mask())}
+BODY_LIMIT = 8 << 20
+JSON = "application/json"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """Start a Redis server that a test may stop for a while."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(
+    store: RedisServer, model_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[int, Path]]:
+    """Run `python local_server.py`; give its port and its log."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("server") / "log"
+    limits = {"SAM2_MAX_BODY_MB": str(BODY_LIMIT >> 20), "CVAT_FUNCTIONS_REDIS_TIMEOUT": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "local_server.py", "--host", "127.0.0.1", "--port", str(port)],
+            cwd=Path(local_server.__file__).parent,
+            env=os.environ | model_environment | store.environment | limits,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    while not listens(port):
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    yield port, log
+    process.terminate()
+    process.wait(30)
+
+
+def listens(port: int) -> bool:
+    """Tell whether a port is open."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def http(server: tuple[int, Path]) -> Iterator[httpx.Client]:
+    """Ask the server."""
+    with httpx.Client(base_url=f"http://127.0.0.1:{server[0]}", timeout=60) as client:
+        yield client
+
+
+def track(http: httpx.Client, frame: int, shapes: list[Any], states: list[str]) -> httpx.Response:
+    """Make one tracker call as CVAT makes it."""
+    return http.post("/", json={"image": FRAMES[frame], "shapes": shapes, "states": states})
+
+
+def exchange(port: int, head: bytes, chunks: int = 0) -> tuple[bytes, int]:
+    """Send a request by hand; return the answer and how many chunks of 1 MiB were taken."""
+    chunk = b"100000\r\n" + bytes(1 << 20) + b"\r\n"
+    sent = 0
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(head)
+        try:
+            while sent < chunks:
+                connection.sendall(chunk)
+                sent += 1
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # refused while we still spoke
+        answer = b""
+        try:
+            while data := connection.recv(65536):
+                answer += data
+        except ConnectionResetError:
+            pass  # our unread bytes were thrown away after the answer
+    return answer, sent
+
+
+@pytest.mark.parametrize("content_type", [JSON, f"{JSON}; charset=utf-8", "text/plain", ""])
+def test_post_tracks_under_any_content_type(http: httpx.Client, content_type: str) -> None:
+    """As Nuclio: JSON is JSON, whatever the request calls it."""
+    content = json.dumps({"image": FRAMES[0], "shapes": [MASK], "states": []})
+    started = http.post("/", content=content, headers={"Content-Type": content_type})
+    answer = track(http, 1, [None], started.json()["states"])
+
+    assert started.status_code == answer.status_code == 200
+    assert answer.headers["content-type"] == JSON
+    assert started.json()["shapes"] == [MASK]
+    assert len(answer.json()["states"]) == len(answer.json()["shapes"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "reason"),
+    [
+        ("GET", "/elsewhere", 404, "not found: POST / tracks, GET /healthz tells the health"),
+        ("POST", "/elsewhere", 404, "not found: POST / tracks, GET /healthz tells the health"),
+        ("POST", "/healthz/x", 404, "not found"),
+        ("GET", "/", 405, "method not allowed: POST / tracks, GET /healthz tells the health"),
+        ("DELETE", "/", 405, "method not allowed"),
+        ("POST", "/healthz", 405, "method not allowed"),
+    ],
+)
+def test_other_paths_and_methods_are_refused(
+    http: httpx.Client, method: str, path: str, status: int, reason: str
+) -> None:
+    """The refusal says what is served, as JSON like every other error."""
+    answer = http.request(method, path)
+
+    assert answer.status_code == status
+    assert answer.json()["error"].startswith(reason)
+
+
+def test_errors_are_the_functions_own(http: httpx.Client) -> None:
+    """Status and message come through as the handler answers them."""
+    malformed = http.post("/", content=b"{", headers={"Content-Type": JSON})
+    not_an_image = http.post("/", json={"image": "AAAA", "shapes": [MASK]})
+
+    assert (malformed.status_code, malformed.json()) == (400, {"error": "body is not JSON"})
+    assert not_an_image.status_code == 422
+    assert not_an_image.headers["content-type"] == JSON
+
+
+def test_health_follows_the_store_and_tokens_outlive_its_absence(
+    http: httpx.Client, store: RedisServer
+) -> None:
+    """200 with a store, 503 with the reason without; then it works again by itself."""
+    states = track(http, 0, [MASK], []).json()["states"]
+    healthy = http.get("/healthz")
+    client = store.client()
+    saved = {key: client.get(key) for key in client.keys("*")}
+    client.close()
+    store.stop()
+    away, failed = http.get("/healthz"), track(http, 1, [None], states)
+    store.start()
+    client = store.client()
+    for key, value in saved.items():  # a server with a disk would have them still
+        client.set(key, value or b"")
+    client.close()
+    back, answer = http.get("/healthz"), track(http, 1, [None], states)
+
+    assert (healthy.status_code, healthy.json()) == (200, {"status": "ok"})
+    assert (away.status_code, failed.status_code) == (503, 503)
+    assert "the state store failed (ConnectionError)" in away.json()["error"]
+    assert "nothing is lost, repeat the request" in failed.json()["error"]
+    assert (back.status_code, answer.status_code) == (200, 200)
+
+
+def test_announced_giant_is_refused_at_once(server: tuple[int, Path]) -> None:
+    """A body of 300 MB is refused by its header alone: nothing of it is waited for."""
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 300000000\r\n\r\n{"
+    begin = time.monotonic()
+    answer, _ = exchange(server[0], head)
+
+    assert time.monotonic() - begin < 5
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b'{"error":"body has more than the 8388608 bytes that are allowed"}' in answer
+
+
+def test_endless_chunks_are_refused_at_the_limit(server: tuple[int, Path]) -> None:
+    """Without a length the bytes are counted as they come."""
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    answer, sent = exchange(server[0], head, chunks=10)
+    _, taken = exchange(server[0], head, chunks=300)
+
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"body has more than the 8388608 bytes" in answer
+    assert sent == 10
+    assert taken < 300
+
+
+def test_body_within_the_limit_is_read(http: httpx.Client) -> None:
+    """A large body that is allowed reaches the handler whole, in chunks as well."""
+    body = json.dumps({"image": "A" * (6 << 20), "shapes": [MASK]}).encode()
+    whole = http.post("/", content=body, headers={"Content-Type": JSON})
+    chunked = http.post("/", content=iter([body[:999], body[999:]]))
+
+    assert whole.status_code == chunked.status_code == 422
+    assert whole.json() == chunked.json()
+
+
+def test_server_logs_requests_and_no_tracebacks(
+    http: httpx.Client, server: tuple[int, Path]
+) -> None:
+    """After all that was asked of it, the log has its lines and nothing that looks like a bug."""
+    track(http, 0, [MASK], [])
+    log = server[1].read_text()
+
+    assert log.splitlines()[0].find("[info] ready: ") > 0
+    assert "[info] tracked: " in log
+    assert "Traceback" not in log
+
+
+def test_wrong_start_ends_the_process(model_environment: Mapping[str, str]) -> None:
+    """Exit status 1 and one line that says why; the port never opens."""
+    done = subprocess.run(
+        [sys.executable, "local_server.py", "--port", str(free_port())],
+        cwd=Path(local_server.__file__).parent,
+        env=os.environ | model_environment | {"SAM2_DEVICE": "gpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    assert "SAM2_DEVICE='gpu' is not allowed: expected auto, cpu, cuda" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr == ""
