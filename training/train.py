@@ -22,9 +22,9 @@ from training.unroll import PromptKind, Unroller
 # followed once they give masks.
 PHASES = (
     Phase(share=0.31, frames=3, clips=3, mask_prompts=1.0),
-    Phase(share=0.38, frames=4, clips=3, mask_prompts=0.8),
-    Phase(share=0.19, frames=6, clips=3, mask_prompts=0.75),
-    Phase(share=0.12, frames=8, clips=3, mask_prompts=0.75),
+    Phase(share=0.38, frames=4, clips=3, mask_prompts=0.9),
+    Phase(share=0.19, frames=6, clips=3, mask_prompts=0.85),
+    Phase(share=0.12, frames=8, clips=3, mask_prompts=0.85),
 )
 OBJECTS = 3
 PEAK_LEARNING_RATE = 9e-4
@@ -128,7 +128,7 @@ class Trainer:
 def main() -> None:
     """Train, or go on training, and write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--run", type=Path, default=Path("training/runs/micro"))
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
