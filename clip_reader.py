@@ -12,7 +12,11 @@ import cv2
 from PIL import Image
 
 from errors import BadRequestError
+from protocol import decode_image
+from settings import Limits
 
+DEFAULT_FPS = 25.0
+MAX_FPS = 1000.0
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
@@ -47,24 +51,24 @@ class _Folder:
             raise BadRequestError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         self._files: Sequence[Path] = sorted(images, key=_natural)
         self.frame_count = len(images)
-        self.fps = 10.0
+        self.fps = DEFAULT_FPS
 
     def frames(self, first: int, last: int) -> Iterator[tuple[int, Image.Image]]:
         direction = 1 if first <= last else -1
         for number in range(first, last + direction, direction):
-            with Image.open(self._files[number]) as image:
-                yield number, image.convert("RGB")
+            yield number, decode_image(self._files[number].read_bytes(), Limits())
 
 
 class _Video:
     def __init__(self, path: Path) -> None:
         self._path = path
-        capture = cv2.VideoCapture(str(path))
-        if not path.is_file() or not capture.isOpened():
+        capture = cv2.VideoCapture(str(path)) if path.is_file() else None
+        self.frame_count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture else 0
+        fps = capture.get(cv2.CAP_PROP_FPS) if capture else 0
+        if capture is None or self.frame_count < 1:
             raise BadRequestError(f"{path} is not a video that can be read, nor a folder of images")
-        self.frame_count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        self.fps = capture.get(cv2.CAP_PROP_FPS) or 25.0
         capture.release()
+        self.fps = fps if 1 <= fps <= MAX_FPS else DEFAULT_FPS  # some headers hold nonsense
 
     def frames(self, first: int, last: int) -> Iterator[tuple[int, Image.Image]]:
         if first <= last:

@@ -30,7 +30,7 @@ class CocoTracksWriter:
         names = sorted(set(labels))
         self._category_ids = [names.index(label) + 1 for label in labels]
         head = {
-            "info": {"height": size_hw[0], "width": size_hw[1]},
+            "info": {"description": "Tracks of SAM 2"},
             "categories": [{"id": i, "name": name} for i, name in enumerate(names, start=1)],
             "tracks": [
                 {"id": track, "category_id": id_} for track, id_ in enumerate(self._category_ids)
@@ -39,6 +39,8 @@ class CocoTracksWriter:
         self._file = path.open("w", encoding="utf-8")
         self._file.write(json.dumps(head)[:-1] + ', "annotations": [')
         self._count = 0
+        self._frames: set[int] = set()
+        self._size_hw = size_hw
 
     def add(self, track: int, frame: int, mask: Mask, score: float | None) -> None:
         """Add one object on one frame.
@@ -51,6 +53,7 @@ class CocoTracksWriter:
         """
         coco_rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
         self._count += 1
+        self._frames.add(frame)
         annotation: dict[str, Any] = {
             "id": self._count,
             "track_id": track,
@@ -66,5 +69,7 @@ class CocoTracksWriter:
 
     def close(self) -> None:
         """End the file."""
-        self._file.write("\n]}\n")
+        height, width = self._size_hw
+        images = [{"id": id_, "height": height, "width": width} for id_ in sorted(self._frames)]
+        self._file.write('\n], "images": ' + json.dumps(images) + "}\n")
         self._file.close()

@@ -59,7 +59,7 @@ def read_cvat_xml(path: Path) -> list[Prompt]:
 
 
 class CvatXmlWriter:
-    """Writes tracks as they grow; memory does not grow with the clip.
+    """Writes tracks as they grow; only frame numbers are held in memory.
 
     Args:
         path: The file to write.
@@ -91,12 +91,12 @@ class _Track:
 
     def __init__(self, index: int, label: str) -> None:
         self._attributes = {"id": str(index), "label": label, "source": "semi-auto"}
-        self._file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  # see finish
-        self._frames: list[int] = []  # first and newest
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # closed by finish
+        self._frames: list[int] = []
+        self._offsets: list[int] = []  # of the frames' lines in the file
         self._latest: tuple[int, Shape, bool] | None = None  # the one highest up in the clip
 
     def add(self, frame: int, shape: Shape, *, outside: bool) -> None:
-        self._frames = [*self._frames[:1], frame]
         if self._latest is None or frame > self._latest[0]:
             self._latest = (frame, shape, outside)
         element = _shape_element(frame, shape, outside=outside)
@@ -109,28 +109,27 @@ class _Track:
             alone = Element("track", self._attributes | {"group_id": group})
             alone.append(element)
             element = alone
-        self._file.write(tostring(element, encoding="unicode") + "\n")
+        self._frames.append(frame)
+        self._offsets.append(self._file.tell())
+        self._file.write(tostring(element) + b"\n")
 
     def finish(self, frame_count: int) -> Iterator[str]:
         """Give the track's lines in the order of the clip."""
         if self._latest is None:
             return
-        self._file.seek(0)
-        lines = self._file.readlines()
-        self._file.close()
-        if self._frames[-1] < self._frames[0]:
-            lines.reverse()
         frame, shape, outside = self._latest
-        if shape.type is ShapeType.MASK:
-            yield from lines
-            return
-        if frame + 1 < frame_count and not outside:
-            end = _shape_element(frame + 1, shape, outside=True)
-            lines.append(tostring(end, encoding="unicode") + "\n")
-        head = tostring(Element("track", self._attributes), encoding="unicode")
-        yield head.replace(" />", ">\n")
-        yield from lines
-        yield "</track>\n"
+        is_mask = shape.type is ShapeType.MASK
+        if not is_mask:
+            yield tostring(Element("track", self._attributes), encoding="unicode")[:-3] + ">\n"
+        for _, offset in sorted(zip(self._frames, self._offsets, strict=True)):
+            self._file.seek(offset)
+            yield self._file.readline().decode()
+        self._file.close()
+        if not is_mask:
+            if frame + 1 < frame_count and not outside:
+                end = _shape_element(frame + 1, shape, outside=True)
+                yield tostring(end, encoding="unicode") + "\n"
+            yield "</track>\n"
 
 
 def _shape_element(frame: int, shape: Shape, *, outside: bool) -> Element:

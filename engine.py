@@ -1,6 +1,8 @@
 """Owns tracking on a frame at hand, in this process or by a running function; one interface.
 
-The command line doors use it. Both engines give the same masks: frames travel as PNG, unchanged.
+The command line doors use it. Both give the same shapes: frames travel as PNG, unchanged. A running
+function answers what CVAT's protocol has and no more: no masks behind polygons, rectangles and
+ellipses, no scores, and for a lost rectangle its last box without a word that it is lost.
 """
 
 from __future__ import annotations
@@ -8,21 +10,23 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import httpx
 from PIL import Image
 
 from errors import BadRequestError, StateStoreUnavailableError, TrackerError
-from main import build_tracker
 from protocol import Continue, Start
 from settings import Settings
 from shapes import Shape, ShapeType
 from state_store import MemoryStateStore
 from state_token import StateToken
 from tracker import Frame, TrackedObject
+from tracker_builder import build_tracker
 
 # A busy or restarting function answers 503 or nothing; a repeat loses and changes nothing.
 RETRY_PAUSES_S = (1.0, 3.0, 9.0)
@@ -51,7 +55,7 @@ class LocalEngine:
     """Tracks in this process; states live and end with it.
 
     Args:
-        settings: Model, device and so on; a Redis host in it is not used.
+        settings: Model, device and so on; a Redis host and a time limit in it are not used.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -59,7 +63,7 @@ class LocalEngine:
             state_ttl_s=settings.state_ttl_s, retry_window_s=settings.retry_window_s
         )
         self._store = store
-        self._tracker = build_tracker(settings, store)
+        self._tracker = build_tracker(replace(settings, request_limit_s=math.inf), store)
 
     def close(self) -> None:
         """Forget all tracks."""
@@ -67,8 +71,10 @@ class LocalEngine:
 
     def track(self, frame: Image.Image, items: Sequence[Start | Continue]) -> list[TrackedObject]:
         """See `Engine.track`."""
-        key = hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest()
-        return self._tracker.run(Frame(key, (frame.height, frame.width), lambda: frame), items)
+        size_hw = (frame.height, frame.width)
+        pixels = hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest()
+        content = Frame(f"{size_hw} {pixels}", size_hw, lambda: frame)
+        return self._tracker.run(content, items, keep_masks=True)
 
 
 class RemoteEngine:
@@ -105,20 +111,25 @@ class RemoteEngine:
                     shapes.append(None)
                     states.append(str(token))
         image = base64.b64encode(file.getvalue()).decode()
-        answer = self._post({"image": image, "shapes": shapes, "states": states})
-        pairs = zip(answer["states"], answer["shapes"], strict=True)
-        return [_tracked(state, shape) for state, shape in pairs]
+        response = self._post({"image": image, "shapes": shapes, "states": states})
+        try:
+            answer = response.json()
+            pairs = zip(answer["states"], answer["shapes"], strict=True)
+            return [_tracked(state, shape) for state, shape in pairs]
+        except (ValueError, KeyError, TypeError) as err:
+            raise BadRequestError(f"{self._url} does not answer as this function does") from err
 
-    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, body: dict[str, Any]) -> httpx.Response:
         for pause_s in (*RETRY_PAUSES_S, None):
             try:
                 response = self._client.post(self._url, json=body)
+            except httpx.UnsupportedProtocol as err:
+                raise BadRequestError(f"{self._url}: {err}") from err
             except httpx.TransportError as err:
                 reason: TrackerError = StateStoreUnavailableError(f"{self._url}: {err}")
             else:
                 if response.is_success:
-                    answer: dict[str, Any] = response.json()
-                    return answer
+                    return response
                 reason = _refusal(response)
                 if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
                     raise reason

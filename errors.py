@@ -57,9 +57,14 @@ class NotAnImageError(TrackerError):
 
 
 class StateStoreUnavailableError(TrackerError):
-    """The store cannot be reached or refuses to write; tokens answered before stay valid."""
+    """The store cannot be reached or refuses to write; tokens answered before stay valid.
+
+    Attributes:
+        may_pass: Whether waiting may help: the connection failed, not the log-in or the write.
+    """
 
     status = 503
+    may_pass = False
 
 
 class SettingsError(Exception):

@@ -25,7 +25,10 @@ from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
 import main as function
-from errors import TooLargeError
+from errors import MethodNotAllowedError, NotFoundError, TooLargeError, TrackerError
+
+# Bodies held in memory while one of them is served: they may have 256 MB each.
+BODIES_AT_A_TIME = 4
 
 
 def create_context() -> Context:
@@ -38,29 +41,32 @@ def create_context() -> Context:
 def create_app(context: Context) -> Starlette:
     """Return the HTTP application around an initialised context."""
     one_at_a_time = asyncio.Lock()
+    reading = asyncio.Semaphore(BODIES_AT_A_TIME)
     limit = context.user_data.service.limits.body_bytes
 
     async def track(request: Request) -> HttpResponse:
-        try:
-            body = await _read_body(request, limit)
-        except TooLargeError as err:
-            return JSONResponse({"error": str(err)}, err.status, {"Connection": "close"})
-        async with one_at_a_time:
-            return _answer(
-                await run_in_threadpool(function.handler, context, _event(request, body))
-            )
+        async with reading:
+            try:
+                body = await _read_body(request, limit)
+            except TooLargeError as err:
+                return JSONResponse({"error": str(err)}, err.status, {"Connection": "close"})
+            async with one_at_a_time:
+                return _answer(await run_in_threadpool(handle, request, body))
 
     async def health(request: Request) -> HttpResponse:
-        return _answer(await run_in_threadpool(function.handler, context, _event(request, b"")))
+        return _answer(await run_in_threadpool(handle, request, b""))
 
-    async def refuse(_request: Request, err: Exception) -> HttpResponse:
-        status = err.status_code if isinstance(err, HTTPException) else 500
-        headers = err.headers if isinstance(err, HTTPException) else None
-        message = {
-            404: "not found: POST / tracks, GET /healthz tells the health",
-            405: "method not allowed: POST / tracks, GET /healthz tells the health",
-        }.get(status, "internal error")
-        return JSONResponse({"error": message}, status, headers)
+    def handle(request: Request, body: bytes) -> Response:
+        return function.handler(context, _event(request, body))
+
+    async def refuse(request: Request, err: Exception) -> HttpResponse:
+        usage = "POST / tracks, GET /healthz tells the health"
+        known: TrackerError = NotFoundError(f"nothing is served at {request.url.path}: {usage}")
+        headers = None
+        if isinstance(err, HTTPException) and err.status_code == MethodNotAllowedError.status:
+            known = MethodNotAllowedError(f"{request.method} is not served here: {usage}")
+            headers = err.headers
+        return JSONResponse({"error": str(known)}, known.status, headers)
 
     return Starlette(
         routes=[
@@ -123,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     context = create_context()
     function.init_context(context)
+    print(f"serving on http://{options.host}:{options.port}", flush=True)
     uvicorn.run(create_app(context), host=options.host, port=options.port, log_level="warning")
 
 

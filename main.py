@@ -20,12 +20,11 @@ from nuclio_sdk import Context, Event, Response
 from PIL import Image
 
 from errors import MethodNotAllowedError, SettingsError, StateStoreUnavailableError, TrackerError
-from model_loader import load_model
-from protocol import Continue, Start, decode_image, format_tracker_answer, parse_tracker_request
+from protocol import decode_image, format_tracker_answer, parse_tracker_request, read_image_size
 from settings import Limits, Settings
-from shapes import Shape, ShapeType
-from state_store import MemoryStateStore, StateStore, open_store
+from state_store import StateStore, open_store
 from tracker import Frame, Report, Tracker
+from tracker_builder import build_tracker
 
 # A store that restarts beside us is waited for; one that is not there stops us with a clear line.
 STORE_PATIENCE_S = 60.0
@@ -49,7 +48,8 @@ def init_context(context: Context) -> None:
     try:
         context.user_data.service = _start_up(context)
     except (SettingsError, StateStoreUnavailableError) as err:
-        context.logger.error_with("cannot start", reason=str(err))
+        cause = None if err.__cause__ is None else repr(err.__cause__)
+        context.logger.error_with("cannot start", reason=str(err), cause=cause)
         raise SystemExit(1) from None
 
 
@@ -63,31 +63,12 @@ def handler(context: Context, event: Event) -> Response:
     try:
         return _json_response(_serve(context, service, method, event.body))
     except TrackerError as err:
-        context.logger.warn_with("refused", status=err.status, reason=str(err))
+        cause = None if err.__cause__ is None else repr(err.__cause__)
+        context.logger.warn_with("refused", status=err.status, reason=str(err), cause=cause)
         return _json_response({"error": str(err)}, err.status)
     except Exception:  # noqa: BLE001  # Nuclio would send the traceback to the caller
         context.logger.error_with("failed", traceback=traceback.format_exc())
         return _json_response({"error": "internal error; the function's log has the reason"}, 500)
-
-
-def build_tracker(settings: Settings, store: StateStore) -> Tracker:
-    """Load and warm the model that the settings name and tie it to a store.
-
-    Raises:
-        SettingsError: See `model_loader.load_model`.
-    """
-    model = load_model(settings)
-
-    def tie(to: StateStore) -> Tracker:
-        return Tracker(
-            model=model,
-            store=to,
-            memory_cache_bytes=settings.memory_cache_bytes,
-            polygon_tolerance=settings.polygon_tolerance,
-        )
-
-    _warm_up(tie(MemoryStateStore(state_ttl_s=60, retry_window_s=60)))
-    return tie(store)
 
 
 def _start_up(context: Context) -> Service:
@@ -118,23 +99,19 @@ def _start_up(context: Context) -> Service:
 
 
 def _wait_for(store: StateStore) -> None:
+    """Return when the store answers.
+
+    Raises:
+        StateStoreUnavailableError: It stays away, or refuses us, which waiting does not change.
+    """
     deadline = time.monotonic() + STORE_PATIENCE_S
     while True:
         try:
             return store.ping()
-        except StateStoreUnavailableError:
-            if time.monotonic() > deadline:
+        except StateStoreUnavailableError as err:
+            if not err.may_pass or time.monotonic() > deadline:
                 raise
             time.sleep(1)
-
-
-def _warm_up(tracker: Tracker) -> None:
-    """Run a start and a step, so that the first annotator does not pay for them."""
-    side = 64
-    blank = Frame("warm-up", (side, side), lambda: Image.new("RGB", (side, side)))
-    box = Shape(ShapeType.RECTANGLE, [16.0, 16.0, 48.0, 48.0])
-    (started,) = tracker.run(blank, [Start(box)])
-    tracker.run(blank, [Continue(started.token)])
 
 
 def _serve(context: Context, service: Service, method: str, body: object) -> dict[str, Any]:
@@ -150,9 +127,14 @@ def _track(context: Context, service: Service, body: object) -> dict[str, Any]:
     report = Report()
     with report.timed("decode"):
         request = parse_tracker_request(body, service.limits)
-        image = decode_image(request.image, service.limits)
+        size_hw = read_image_size(request.image, service.limits)
         key = hashlib.blake2b(request.image, digest_size=16).hexdigest()
-    frame = Frame(key, (image.height, image.width), lambda: image)
+
+    def image() -> Image.Image:
+        with report.timed("decode"):
+            return decode_image(request.image, service.limits)
+
+    frame = Frame(key, size_hw, image)
     found = service.tracker.run(frame, request.items, report)
     context.logger.info_with("tracked", **vars(report))
     return format_tracker_answer(request, [(one.token, one.shape) for one in found])

@@ -125,14 +125,21 @@ class ModelHandler:
 
         Source: `SAM2VideoPredictor.add_new_mask`.
         """
+        return self.start_from_prompt(frame, self.mask_prompt(mask))
+
+    def mask_prompt(self, mask: Mask) -> torch.Tensor:
+        """Return a mask `(H, W)` at the size the model takes it, `(1, 1, S, S)`, bool."""
         size = (self.image_size, self.image_size)
         prompt = torch.from_numpy(mask)[None, None].float().to(self.device)
         if prompt.shape[-2:] != size:
             prompt = functional.interpolate(
                 prompt, size, mode="bilinear", align_corners=False, antialias=True
             )
-            prompt = (prompt >= 0.5).float()
-        return self._start(frame, mask_inputs=prompt, point_inputs=None)
+        return prompt >= 0.5
+
+    def start_from_prompt(self, frame: FrameFeatures, prompt: torch.Tensor) -> ObjectOutput:
+        """Begin an object at what `mask_prompt` returned."""
+        return self._start(frame, mask_inputs=prompt.float(), point_inputs=None)
 
     def start_from_box(self, frame: FrameFeatures, box: Box) -> ObjectOutput:
         """Begin an object at a box XYXY in the frame's pixels, far edge excluded.
@@ -154,6 +161,7 @@ class ModelHandler:
         frame: FrameFeatures,
         states: Sequence[TrackState],
         memories: Mapping[str, torch.Tensor],
+        before_batch: Callable[[], None] = lambda: None,
     ) -> list[ObjectOutput]:
         """Find objects on the frame that follows their states'.
 
@@ -161,6 +169,7 @@ class ModelHandler:
             frame: The next frame.
             states: One per object, of any ages.
             memories: Memory features by id, on the device, for all `memory_ids` of the states.
+            before_batch: Called before each forward pass; may raise to give up.
 
         Returns:
             One output per state, in order.
@@ -169,6 +178,7 @@ class ModelHandler:
         by_layout = sorted(range(len(states)), key=lambda index: _layout(states[index]))
         for _, group in groupby(by_layout, key=lambda index: _layout(states[index])):
             while batch := list(islice(group, self._batch_objects)):
+                before_batch()
                 found = self._step_batch(frame, [states[index] for index in batch], memories)
                 outputs.update(zip(batch, found, strict=True))
         return [outputs[index] for index in range(len(states))]
@@ -341,10 +351,11 @@ def _outputs(
 ) -> list[ObjectOutput]:
     scores = out["object_score_logits"].float().cpu()
     pointers = out["obj_ptr"].float().cpu()
-    memory = memory.to(torch.bfloat16)
+    # Each object its own: a view would keep the whole batch alive.
+    memories = [one.clone() for one in memory.to(torch.bfloat16)]
     return [
         ObjectOutput(
-            low_res_logits[index : index + 1], float(scores[index]), pointer, memory[index]
+            low_res_logits[index : index + 1], float(scores[index]), pointer, memories[index]
         )
         for index, pointer in enumerate(pointers)
     ]

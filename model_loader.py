@@ -115,10 +115,16 @@ def build_predictor(
         model = instantiate(options, _recursive_=True)
     except Exception as err:  # anything a wrong YAML makes hydra or the model raise
         raise SettingsError(f"{config_path} is not a SAM 2 config: {err}") from err
-    if (model.num_maskmem, model.max_obj_ptrs_in_encoder) != (MEMORY_REACH + 1, POINTER_REACH + 1):
+    remembers = (
+        model.num_maskmem,
+        model.max_obj_ptrs_in_encoder,
+        model.memory_temporal_stride_for_eval,
+    )
+    if remembers != (MEMORY_REACH + 1, POINTER_REACH + 1, 1):
         raise SettingsError(
             f"{config_path} remembers other frames than all SAM 2 models do: num_maskmem must be "
-            f"{MEMORY_REACH + 1} and max_obj_ptrs_in_encoder {POINTER_REACH + 1}"
+            f"{MEMORY_REACH + 1}, max_obj_ptrs_in_encoder {POINTER_REACH + 1} and "
+            "memory_temporal_stride_for_eval 1"
         )
     try:
         checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
@@ -149,8 +155,8 @@ def pick_device(name: str) -> torch.device:
 
 def _config_path(name: str) -> Path:
     """Return a config's path: a file as it stands, or the name of one inside the sam2 package."""
-    inside_package = Path(sam2.__path__[0]) / name
-    return inside_package if inside_package.is_file() else Path(name)
+    path = Path(name)
+    return path if path.is_file() else Path(sam2.__path__[0]) / name
 
 
 def _fingerprint(options: object, checkpoint_path: Path) -> str:

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from errors import BadRequestError
 from shapes import Mask, SizeHW, mask_to_box
 
 Picture = npt.NDArray[np.uint8]  # (H, W, 3), RGB
@@ -61,6 +62,8 @@ class OverlayWriter:
     def __init__(self, path: Path, size_hw: SizeHW, fps: float) -> None:
         codec = cv2.VideoWriter.fourcc(*"mp4v")
         self._writer = cv2.VideoWriter(str(path), codec, fps, size_hw[::-1])
+        if not self._writer.isOpened():
+            raise BadRequestError(f"{path} cannot be written as a video")
 
     def add(self, picture: Picture) -> None:
         """Add one drawn frame, RGB."""

@@ -6,16 +6,17 @@ import base64
 import binascii
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from errors import BadRequestError, NotAnImageError, TooLargeError, TrackerError
 from settings import Limits
-from shapes import Shape, ShapeType
+from shapes import Shape, ShapeType, SizeHW
 from state_token import StateToken
 
 # What CVAT takes as frames; Pillow's rarer decoders stay out of reach of strangers. Pillow opens
@@ -108,6 +109,20 @@ def format_tracker_answer(
     return {"shapes": shapes, "states": [str(token) for token, _ in answers]}
 
 
+def read_image_size(data: bytes, limits: Limits) -> SizeHW:
+    """Return a frame's height and width, upright, from its header alone.
+
+    Raises:
+        NotAnImageError: The bytes are none of `IMAGE_FORMATS`.
+        TooLargeError: It announces more pixels than allowed.
+    """
+    with _opened(data, limits) as image:
+        quarter_turned = image.getexif().get(ExifTags.Base.Orientation) in {5, 6, 7, 8}
+        if quarter_turned and image.format != "TIFF":  # whose size Pillow tells as turned
+            return image.size
+        return image.height, image.width
+
+
 def decode_image(data: bytes, limits: Limits) -> Image.Image:
     """Decode a frame, upright as the annotator sees it.
 
@@ -118,10 +133,17 @@ def decode_image(data: bytes, limits: Limits) -> Image.Image:
         NotAnImageError: The bytes are none of `IMAGE_FORMATS`, or are cut off or damaged.
         TooLargeError: Its header announces more pixels than allowed; nothing was decoded.
     """
+    with _opened(data, limits) as image:
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
+    """Open an image within the limits, and word what Pillow makes of a damaged one."""
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             _check_size(image.size, limits)
-            return _to_rgb(ImageOps.exif_transpose(image))
+            yield image
     except TrackerError:
         raise
     except Exception as err:  # Pillow's decoders raise whatever a damaged file makes them

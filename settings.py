@@ -68,6 +68,8 @@ class Settings:
         memory_cache_bytes: Frame memories a replica keeps on its device.
         feature_cache_frames: Encoded frames a replica keeps on its device.
         polygon_tolerance: How far, in pixels, a polygon may run beside the mask's outline.
+        request_limit_s: Longest time to compute one request. It has to stay below Nuclio's
+            `eventTimeout`, which kills the worker, and with it what other callers wait for.
         state_ttl_s: Life of a track from its last use, in seconds.
         retry_window_s: Life of a superseded step, in seconds.
     """
@@ -82,6 +84,7 @@ class Settings:
     memory_cache_bytes: int = 1024 * 1024 * 1024
     feature_cache_frames: int = 4
     polygon_tolerance: float = 1.0
+    request_limit_s: float = 240.0
     state_ttl_s: int = 8 * 3600  # CVAT's signature on a state lives as long
     retry_window_s: int = 600
     limits: Limits = field(default_factory=Limits)
@@ -106,6 +109,7 @@ class Settings:
             raise SettingsError(
                 f"{missing} is not set: SAM2_CONFIG and SAM2_CHECKPOINT go together"
             )
+        state_ttl_s = read.integer("SAM2_STATE_TTL", cls.state_ttl_s, 10, 30 * 86400)
         return cls(
             redis=None if host is None else _redis(host, read),
             model_id=read.text("SAM2_MODEL_ID") or cls.model_id,
@@ -121,8 +125,11 @@ class Settings:
                 "SAM2_FEATURE_CACHE_FRAMES", cls.feature_cache_frames, 1, 256
             ),
             polygon_tolerance=read.number("SAM2_POLYGON_TOLERANCE", cls.polygon_tolerance, 0, 100),
-            state_ttl_s=read.integer("SAM2_STATE_TTL", cls.state_ttl_s, 10, 30 * 86400),
-            retry_window_s=read.integer("SAM2_RETRY_WINDOW", cls.retry_window_s, 1, 86400),
+            request_limit_s=read.number("SAM2_REQUEST_LIMIT", cls.request_limit_s, 1, 86400),
+            state_ttl_s=state_ttl_s,
+            retry_window_s=read.integer(
+                "SAM2_RETRY_WINDOW", min(cls.retry_window_s, state_ttl_s), 1, state_ttl_s
+            ),
             limits=_limits(read),
         )
 

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from errors import BadRequestError
+from errors import BadRequestError, TooLargeError
 
 Mask = npt.NDArray[np.bool_]  # (H, W), full image size
 SizeHW = tuple[int, int]
@@ -22,6 +22,8 @@ Box = tuple[float, float, float, float]  # XYXY, far edge excluded
 
 DEFAULT_POLYGON_TOLERANCE = 1.0
 MIN_POLYGON_IOU = 0.98
+# A polygon that crosses the frame's rows more often than this needs more than 150 MB to fill.
+MAX_CROSSINGS = 2_000_000
 MAX_NUMBER = 1e9  # far beyond every frame, and small enough that no sum or product overflows
 
 
@@ -228,13 +230,13 @@ def mask_to_polygon(
 
 
 def _numbers(shape: Shape) -> npt.NDArray[np.float64]:
-    try:
-        points = np.asarray(shape.points)
-    except ValueError:  # ragged
-        points = np.empty(0, dtype=np.object_)
-    if points.ndim != 1 or points.dtype.kind not in "iuf":
+    # By type and before NumPy sees them: one long string among them would cost its length for each.
+    if not set(map(type, shape.points)) <= {int, float}:
         raise BadRequestError(f"{shape.type} points must be a flat list of numbers")
-    points = points.astype(np.float64)
+    try:
+        points = np.array(shape.points, dtype=np.float64)
+    except OverflowError:
+        points = np.array([np.inf])
     if not (np.abs(points) <= MAX_NUMBER).all():
         raise BadRequestError(f"{shape.type} points hold NaN, infinity or a number beyond 1e9")
     return points
@@ -264,6 +266,11 @@ def _polygon_to_mask(vertices: npt.NDArray[np.float64], size_hw: SizeHW) -> Mask
     first_row = np.clip(np.ceil(top - 0.5), 0, height).astype(np.int64)
     last_row = np.clip(np.ceil(bottom - 0.5), 0, height).astype(np.int64)
     row_count = last_row - first_row  # rows whose centre line this edge crosses
+    if row_count.sum() > MAX_CROSSINGS:
+        raise TooLargeError(
+            f"polygon crosses the rows of the frame {row_count.sum()} times: at most "
+            f"{MAX_CROSSINGS} are allowed; draw it with fewer points"
+        )
     edge = np.repeat(np.arange(len(start)), row_count)
     row = first_row[edge] + np.arange(edge.size)
     row -= np.repeat(np.cumsum(row_count) - row_count, row_count)
@@ -285,10 +292,16 @@ def _ellipse_to_mask(points: npt.NDArray[np.float64], size_hw: SizeHW) -> Mask:
     radius_x, radius_y = right - center_x, center_y - top
     if radius_x <= 0 or radius_y <= 0:
         raise BadRequestError("ellipse needs its right-most x and top-most y outside its centre")
-    rows, columns = np.ogrid[: size_hw[0], : size_hw[1]]
+    height, width = size_hw
+    left, right = np.clip([center_x - radius_x, right], 0, width).astype(int).tolist()
+    top, bottom = np.clip([top, center_y + radius_y], 0, height).astype(int).tolist()
+    rows, columns = np.ogrid[top : min(bottom + 1, height), left : min(right + 1, width)]
+    mask = np.zeros(size_hw, dtype=np.bool_)
     with np.errstate(over="ignore"):  # a radius next to nothing: infinitely far outside
         distance = ((columns + 0.5 - center_x) / radius_x) ** 2
-        return np.asarray(distance + ((rows + 0.5 - center_y) / radius_y) ** 2 <= 1)
+        inside = distance + ((rows + 0.5 - center_y) / radius_y) ** 2 <= 1
+    mask[top : min(bottom + 1, height), left : min(right + 1, width)] = inside
+    return mask
 
 
 def _mask_to_ellipse(mask: Mask, box: tuple[int, int, int, int]) -> list[float]:

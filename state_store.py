@@ -7,9 +7,10 @@
     sam2:{<track>}:next:<step>   string  "1": was continued     state TTL; deleted with its step
     sam2:{<track>}:frame:<step>  string  one frame memory       as long as a step that attends to it
 
-Values never change, so nothing is locked and nothing can be stale. `{}` is a Redis Cluster hash
-tag: a track's keys share a slot and appear together, in one MULTI. Only plain commands are used
-(GET, SET, EXPIRE, DEL, MULTI, EXEC, PING), which Valkey, KeyDB and Kvrocks serve too.
+Values never change, so nothing is locked and nothing can be stale. A track's keys appear together,
+in one MULTI; the `{}` would keep them in one slot of a Redis Cluster, whose redirections need a
+proxy. Only plain commands are used (GET, SET, EXPIRE, DEL, MULTI, EXEC, PING), which Valkey,
+KeyDB and Kvrocks serve too.
 """
 
 from __future__ import annotations
@@ -265,6 +266,7 @@ def connect(settings: RedisSettings) -> redis.Redis:
         socket_keepalive=True,
         health_check_interval=30,
         retry=Retry(ExponentialBackoff(cap=1, base=0.05), retries=3),
+        protocol=2,  # Kvrocks before 2.11 and Redis before 6 do not speak RESP3
     )
 
 
@@ -317,7 +319,10 @@ def _translated_errors() -> Iterator[None]:
     try:
         yield
     except redis.RedisError as err:
-        # The kind is enough: texts of the server may quote what was sent to it.
-        raise StateStoreUnavailableError(
+        # The kind is enough for a caller; the log gets the server's words as well.
+        unavailable = StateStoreUnavailableError(
             f"the state store failed ({type(err).__name__}): nothing is lost, repeat the request"
-        ) from err
+        )
+        unreachable = isinstance(err, redis.ConnectionError | redis.TimeoutError)
+        unavailable.may_pass = unreachable and not isinstance(err, redis.AuthenticationError)
+        raise unavailable from err

@@ -186,6 +186,11 @@ def _range(
     last = end if last_frame is None else last_frame
     if not min(first, end) <= last <= max(first, end):
         raise BadRequestError(f"last frame {last} does not lie between {first} and {end}")
+    for prompt in prompts:
+        if not min(first, last) <= prompt.frame <= max(first, last):
+            raise BadRequestError(
+                f"{prompt.label} starts on frame {prompt.frame}, behind the last frame {last}"
+            )
     return first, last
 
 

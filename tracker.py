@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import cachetools
 import torch
 from PIL import Image
 
-from errors import StateGoneError, StateMismatchError, TrackerError
+from errors import StateGoneError, StateMismatchError, TooLargeError, TrackerError
 from model_handler import FrameFeatures, ModelHandler, ObjectOutput
 from protocol import Continue, Start
 from shapes import (
@@ -52,8 +52,8 @@ class TrackedObject:
         shape: In the type the object was started with. None where it is not in the frame, but for
             rectangles, which keep their last box (CVAT's own UI cannot take null for them).
         lost: Whether the object is not in the frame.
-        mask: The mask behind the shape, `(H, W)`. None on the frame the object was started on,
-            whose shape is the annotator's, and where another process computed it.
+        mask: SAM 2's mask behind the shape, `(H, W)`. None unless asked for, where the annotator
+            drew it, and where another process computed it.
         score: SAM 2's object score, a logit. None where another process computed it.
     """
 
@@ -110,6 +110,7 @@ class Tracker:
         memory_cache_bytes: Frame memories to keep on the model's device. They never change, so
             they are never stale; a replica that has them reads only the small steps.
         polygon_tolerance: See `shapes.mask_to_polygon`.
+        request_limit_s: Longest time to compute one request, in seconds.
     """
 
     def __init__(
@@ -119,10 +120,12 @@ class Tracker:
         store: StateStore,
         memory_cache_bytes: int,
         polygon_tolerance: float,
+        request_limit_s: float,
     ) -> None:
         self._model = model
         self._store = store
         self._polygon_tolerance = polygon_tolerance
+        self._request_limit_s = request_limit_s
         self._memories: cachetools.LRUCache[str, torch.Tensor] = cachetools.LRUCache(
             memory_cache_bytes, getsizeof=lambda memory: memory.nbytes
         )
@@ -137,7 +140,12 @@ class Tracker:
         }
 
     def run(
-        self, frame: Frame, items: Sequence[Start | Continue], report: Report | None = None
+        self,
+        frame: Frame,
+        items: Sequence[Start | Continue],
+        report: Report | None = None,
+        *,
+        keep_masks: bool = False,
     ) -> list[TrackedObject]:
         """Start and continue objects on one frame.
 
@@ -145,6 +153,7 @@ class Tracker:
             frame: The frame.
             items: One per object; all are checked before any is computed.
             report: Filled with counts and times.
+            keep_masks: Hand out the masks as well; hundreds on a large frame fill gigabytes.
 
         Returns:
             One answer per item, in order.
@@ -154,30 +163,51 @@ class Tracker:
             StateGoneError: A state expired or is damaged.
             StateMismatchError: A state is of another model or frame size.
             StateStoreUnavailableError: The store is away; nothing was lost.
+            TooLargeError: There are more objects than can be computed in the time allowed.
         """
+        end = time.monotonic() + self._request_limit_s
+
+        def check_time() -> None:
+            if time.monotonic() > end:
+                raise TooLargeError(
+                    f"{len(items)} objects take longer than {self._request_limit_s:.0f} s: track "
+                    "fewer at a time; nothing is lost"
+                )
+
         report = report or Report()
         starts = {i: item.shape for i, item in enumerate(items) if isinstance(item, Start)}
         tokens = {i: item.token for i, item in enumerate(items) if isinstance(item, Continue)}
         report.started, report.continued = len(starts), len(tokens)
 
         with report.timed("shapes"):
-            prompts = {i: _prompt(i, shape, frame.size_hw) for i, shape in starts.items()}
+            prompts = {}
+            for i, shape in starts.items():
+                check_time()
+                prompts[i] = self._prompt(i, shape, frame.size_hw)
         with report.timed("store"):
             states = self._load_states(tokens, frame.size_hw, report)
             memories = self._load_memories(tokens, states, report)
         with report.timed("encode"):
             features = self._model.encode_frame(frame.key, frame.image)
         with report.timed("model"):
-            outputs = {i: self._start(features, prompt) for i, prompt in prompts.items()}
-            stepped = self._model.step(features, list(states.values()), memories)
+            outputs = {}
+            for i, prompt in prompts.items():
+                check_time()
+                outputs[i] = self._start(features, prompt)
+            stepped = self._model.step(features, list(states.values()), memories, check_time)
             outputs |= dict(zip(states, stepped, strict=True))
         with report.timed("shapes"):
-            found = [
-                self._begin(outputs[i], starts[i], prompts[i], frame.size_hw)
-                if i in starts
-                else self._follow(outputs[i], states[i], tokens[i], features)
-                for i in range(len(items))
-            ]
+            found = []
+            for i, output in sorted(outputs.items()):
+                check_time()
+                if i in states:
+                    mask = self._model.full_size_mask(features, output)
+                    one = self._follow(output, mask, states[i], tokens[i])
+                else:
+                    one = self._begin(output, starts[i], prompts[i], frame.size_hw)
+                    if keep_masks and starts[i].type is ShapeType.RECTANGLE:
+                        one = replace(one, mask=self._model.full_size_mask(features, output))
+                found.append(one if keep_masks else replace(one, mask=None))
         report.lost = sum(one.lost for one in found)
         with report.timed("store"):
             saved = self._save(found, memories, report)
@@ -185,6 +215,13 @@ class Tracker:
             TrackedObject(token, one.shape, one.lost, one.mask, one.score)
             for token, one in zip(saved, found, strict=True)
         ]
+
+    def _prompt(self, i: int, shape: Shape, size_hw: SizeHW) -> torch.Tensor | Box:
+        """Return a box, or a mask at the model's size: at the frame's, hundreds would not fit."""
+        with _place(f"shapes[{i}]"):
+            if shape.type is ShapeType.RECTANGLE:
+                return rectangle_to_box(shape, size_hw)
+            return self._model.mask_prompt(shape_to_mask(shape, size_hw))
 
     def _load_states(
         self, tokens: Mapping[int, StateToken], size_hw: SizeHW, report: Report
@@ -234,13 +271,17 @@ class Tracker:
             self._remember(id_, memories[id_])
         return memories
 
-    def _start(self, features: FrameFeatures, prompt: Mask | Box) -> ObjectOutput:
+    def _start(self, features: FrameFeatures, prompt: torch.Tensor | Box) -> ObjectOutput:
         if isinstance(prompt, tuple):
             return self._model.start_from_box(features, prompt)
-        return self._model.start_from_mask(features, prompt)
+        return self._model.start_from_prompt(features, prompt)
 
     def _begin(
-        self, output: ObjectOutput, shape: Shape, prompt: Mask | Box, size_hw: SizeHW
+        self,
+        output: ObjectOutput,
+        shape: Shape,
+        prompt: torch.Tensor | Box,
+        size_hw: SizeHW,
     ) -> _Found:
         state = TrackState(
             fingerprint=self._model.fingerprint,
@@ -252,9 +293,8 @@ class Tracker:
         return _Found(state, output.memory, shape, lost=False, score=output.object_score)
 
     def _follow(
-        self, output: ObjectOutput, state: TrackState, token: StateToken, features: FrameFeatures
+        self, output: ObjectOutput, mask: Mask, state: TrackState, token: StateToken
     ) -> _Found:
-        mask = self._model.full_size_mask(features, output)
         shape = mask_to_shape(mask, state.shape_type, polygon_tolerance=self._polygon_tolerance)
         lost = shape is None
         box = mask_to_box(mask) or state.last_box if state.last_box is not None else None
@@ -265,8 +305,8 @@ class Tracker:
             output.memory,
             shape,
             lost=lost,
-            mask=mask,
             score=output.object_score,
+            mask=mask,
             parent=token,
         )
 
@@ -324,13 +364,6 @@ class _Found:
     score: float
     mask: Mask | None = None
     parent: StateToken | None = None
-
-
-def _prompt(i: int, shape: Shape, size_hw: SizeHW) -> Mask | Box:
-    with _place(f"shapes[{i}]"):
-        if shape.type is ShapeType.RECTANGLE:
-            return rectangle_to_box(shape, size_hw)
-        return shape_to_mask(shape, size_hw)
 
 
 def _next_step(parent: StateToken, state: TrackState, memory: bytes) -> StepWrite:

@@ -45,11 +45,24 @@ def shape_of(one: ReferenceObject) -> dict[str, Any]:
     return {"type": "mask", "points": encode_cvat_rle(one.prompt)}
 
 
-def equals(one: ReferenceObject, points: list[float] | None, expected: Mask) -> bool:
-    """Compare one answer with the reference's mask: the mask itself, or its box for a box."""
-    if isinstance(one.prompt, tuple):
-        box = mask_to_box(expected)
-        return points is not None and (box is None or tuple(points) == box)
-    if points is None:
-        return not expected.any()
-    return np.array_equal(decode_cvat_rle(points, expected.shape), expected)
+def equal_answers(
+    one: ReferenceObject,
+    answers: dict[int, list[float] | None],
+    expected: dict[int, Mask],
+) -> list[bool]:
+    """Compare an object's answers, in the order they came, with the reference's masks.
+
+    A mask is compared itself; a rectangle by its mask's box, which stays where the object is lost.
+    """
+    last_box: tuple[float, ...] | None = one.prompt if isinstance(one.prompt, tuple) else None
+    equal = []
+    for frame, points in answers.items():
+        mask = expected[frame]
+        if last_box is not None:
+            last_box = mask_to_box(mask) or last_box
+            equal.append(points is not None and tuple(points) == last_box)
+        elif points is None:
+            equal.append(not mask.any())
+        else:
+            equal.append(np.array_equal(decode_cvat_rle(points, mask.shape), mask))
+    return equal

@@ -23,7 +23,7 @@ import local_server
 import main as function
 from tests.clips import base64_text
 from tests.conftest import Function, RedisServer
-from tests.fidelity import equals, follow
+from tests.fidelity import equal_answers, follow
 from tests.random_weights import write_checkpoint
 from tests.reference import Reference, ReferenceObject, write_frames
 
@@ -73,7 +73,7 @@ def compare(config: str, checkpoint: Path, image_size: int, frames: list[bytes])
             direction = "backwards" if backwards else "forwards"
             for name, one, answers in zip(("mask", "later", "box"), objects, ours, strict=True):
                 expected = reference.track(one, len(frames), backwards=backwards)
-                equal = [equals(one, points, expected[at]) for at, points in answers.items()]
+                equal = equal_answers(one, answers, expected)
                 covered = np.mean([mask.mean() for mask in expected.values()])
                 print(
                     f"{Path(config).stem} {image_size} px {direction} {name}: {sum(equal)} of "

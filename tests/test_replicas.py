@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,9 @@ def undisturbed(function: Function) -> list[list[Any]]:
 
 
 def test_a_killed_replica_costs_one_repeated_request(
-    start_replicas: Callable[[int], list[Replica]], undisturbed: list[list[Any]]
+    start_replicas: Callable[[int], list[Replica]],
+    undisturbed: list[list[Any]],
+    redis_server: RedisServer,
 ) -> None:
     """Requests alternate; one replica dies with a request in flight; the other repeats it."""
     replicas = start_replicas(2)
@@ -109,7 +111,7 @@ def test_a_killed_replica_costs_one_repeated_request(
     answers = []
     for number, frame in enumerate(frames[1:], start=1):
         if number == KILLED_AT:
-            with in_flight(replicas[0], frame, states):
+            with in_flight(replicas[0], frame, states, redis_server):
                 replicas[0].process.kill()
             replicas.pop(0).kill()
         replica = replicas[number % len(replicas)]
@@ -137,8 +139,10 @@ def test_a_cold_replica_continues_any_track(
 
 
 @contextmanager
-def in_flight(replica: Replica, image: str, states: Sequence[str]) -> Iterator[None]:
-    """Send a request on a connection of its own and do not wait for the answer."""
+def in_flight(
+    replica: Replica, image: str, states: Sequence[str], redis_server: RedisServer
+) -> Iterator[None]:
+    """Send a request and go on when its states were read, so that it is being computed."""
     body = {"image": image, "shapes": [None] * len(states), "states": list(states)}
     request = replica.client.build_request("POST", "/", json=body)
     content = request.read()
@@ -148,6 +152,16 @@ def in_flight(replica: Replica, image: str, states: Sequence[str]) -> Iterator[N
         f"Content-Length: {len(content)}\r\n\r\n"
     )
     with socket.create_connection((host, port or 80)) as connection:
+        before = reads(redis_server)
         connection.sendall(head.encode() + content)
+        while reads(redis_server) == before:
+            time.sleep(0.001)
         yield
-        assert connection.recv(1) == b""  # it ended without an answer
+        with suppress(ConnectionResetError):
+            assert connection.recv(1) == b""  # it ended without an answer
+
+
+def reads(redis_server: RedisServer) -> int:
+    """Return how many GETs the server has served."""
+    with redis_server.client() as client:
+        return int(client.info("commandstats")["cmdstat_get"]["calls"])

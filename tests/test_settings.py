@@ -65,7 +65,7 @@ WRONG = [
     ("SAM2_FEATURE_CACHE_FRAMES", ["0", "257", "x"], "from 1 to 256"),
     ("SAM2_POLYGON_TOLERANCE", ["-0.1", "100.1", "nan", "-inf", "fine"], "from 0 to 100"),
     ("SAM2_STATE_TTL", ["9", "-1", "8h", "2592001"], "from 10 to 2592000"),
-    ("SAM2_RETRY_WINDOW", ["0", "86401", "10m"], "from 1 to 86400"),
+    ("SAM2_RETRY_WINDOW", ["0", "28801", "10m"], "from 1 to 28800"),
     ("SAM2_REQUEST_LIMIT", ["0", "86401", "nan", "4m"], "from 1 to 86400"),
     ("SAM2_MAX_BODY_MB", ["0", "4097", "x"], "from 1 to 4096"),
     ("SAM2_MAX_PIXELS", ["0", "x"], "from 1 to"),
@@ -154,6 +154,13 @@ def test_empty_variable_counts_as_unset(blank: str) -> None:
     variables = {variable for variable, *_ in RIGHT} | {"SAM2_CONFIG", "SAM2_CHECKPOINT"}
 
     assert Settings.from_env(dict.fromkeys(variables, blank)) == Settings()
+
+
+def test_retry_window_ends_with_the_track() -> None:
+    """A superseded step never lives longer than the newest; a short life shortens the default."""
+    assert Settings.from_env({"SAM2_STATE_TTL": "60"}).retry_window_s == 60
+    with pytest.raises(SettingsError, match=r"SAM2_RETRY_WINDOW='61' is not .* from 1 to 60$"):
+        Settings.from_env({"SAM2_STATE_TTL": "60", "SAM2_RETRY_WINDOW": "61"})
 
 
 def test_password_does_not_print() -> None:
