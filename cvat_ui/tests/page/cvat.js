@@ -1,0 +1,309 @@
+// A stand-in for CVAT's client core: what an annotation action meets in CVAT 2.54, no more.
+// It differs from CVAT in this: polygons are interpolated point by point when they have equally
+// many (else the earlier one holds), user filters are left out, and every pause is 50 times as
+// short, with its asked-for length noted in `testPage.events`.
+
+'use strict';
+
+(() => {
+    const SPEED = 50;
+    const testPage = {
+        events: [], // progress texts and pauses, in order
+        registrations: [], // names that register() was asked for
+    };
+    globalThis.testPage = testPage;
+
+    const realSetTimeout = globalThis.setTimeout;
+    globalThis.setTimeout = (callback, delay, ...rest) => {
+        testPage.events.push({ pause: delay });
+        return realSetTimeout(callback, delay / SPEED, ...rest);
+    };
+
+    class ServerError extends Error {
+        constructor(message, code) {
+            super(message);
+            this.code = code;
+        }
+    }
+
+    async function request(path, body) {
+        let response;
+        try {
+            response = await fetch(path, body && { method: 'POST', body: JSON.stringify(body) });
+        } catch (error) {
+            throw new ServerError(`${error.message}.`, 0);
+        }
+        if (!response.ok) {
+            throw new ServerError(await response.text(), response.status);
+        }
+        return response.json();
+    }
+
+    // -------------------------------------------------------------- annotations
+
+    const COUNTS = {
+        polygon: (n) => n >= 6 && n % 2 === 0,
+        rectangle: (n) => n === 4,
+        ellipse: (n) => n === 4,
+        mask: (n) => n >= 5,
+    };
+
+    function checkPoints({ type, points }) {
+        if (!COUNTS[type](points.length) || !points.every(Number.isFinite)) {
+            throw new Error(`${type} of ${points.length} numbers cannot be imported`);
+        }
+    }
+
+    function interpolate(left, right, frame) {
+        if (!right || left.points.length !== right.points.length) {
+            return left.points;
+        }
+        const share = (frame - left.frame) / (right.frame - left.frame);
+        return left.points.map((value, i) => value + share * (right.points[i] - value));
+    }
+
+    function positionAt(track, frame) {
+        const keyframes = track.shapes.toSorted((a, b) => a.frame - b.frame);
+        const left = keyframes.findLast((keyframe) => keyframe.frame <= frame);
+        const right = keyframes.find((keyframe) => keyframe.frame > frame);
+        return left
+            ? { ...left, points: interpolate(left, right, frame) } : { ...right, outside: true };
+    }
+
+    class Job {
+        constructor({ id, taskId, startFrame, stopFrame, labels, deletedFrames = [] }) {
+            Object.assign(this, { id, taskId, startFrame, stopFrame, labels });
+            const deleted = new Set(deletedFrames);
+            let nextClientID = 1000;
+            let objects = new Map(); // client id: {kind, data, lock, hidden, removed}
+            const undoSteps = [];
+
+            const stateAt = ([clientID, { kind, data, lock, hidden }], frame) => {
+                const at = kind === 'track' ? positionAt(data, frame) : data;
+                return {
+                    clientID,
+                    objectType: kind,
+                    shapeType: at.type,
+                    points: [...at.points],
+                    rotation: at.rotation ?? 0,
+                    frame,
+                    outside: Boolean(at.outside),
+                    occluded: at.occluded,
+                    keyframe: kind === 'shape' || data.shapes.some((one) => one.frame === frame),
+                    hidden: Boolean(hidden),
+                    lock: Boolean(lock),
+                    zOrder: at.z_order,
+                    source: data.source,
+                    attributes: {},
+                    group: { id: data.group },
+                    label: labels.find((label) => label.id === data.label_id),
+                    export: async () => structuredClone({ ...data, clientID }),
+                };
+            };
+            const add = (kind, data) => {
+                if (data.clientID !== undefined || data.id !== undefined) {
+                    throw new Error('what is created has no ids yet');
+                }
+                (data.shapes ?? [data]).forEach(checkPoints);
+                nextClientID += 1;
+                objects.set(nextClientID, { kind, data: structuredClone(data) });
+                return nextClientID;
+            };
+            const exported = (kind) => [...objects]
+                .filter(([, object]) => object.kind === kind && !object.removed)
+                .map(([clientID, { data }]) => structuredClone({ ...data, clientID }));
+
+            this.frames = {
+                frameNumbers: async () => Array.from(
+                    { length: stopFrame - startFrame + 1 }, (_, i) => startFrame + i,
+                ),
+                get: async (number) => ({
+                    number, width: 320, height: 180, deleted: deleted.has(number),
+                }),
+            };
+            this.annotations = {
+                get: async (frame, allTracks, filters) => {
+                    if (typeof allTracks !== 'boolean' || !Array.isArray(filters)) {
+                        throw new Error('annotations.get(frame, allTracks, filters)');
+                    }
+                    return deleted.has(frame) ? [] : [...objects]
+                        .filter(([, { kind, data, removed }]) => !removed
+                            && (kind === 'track' || data.frame === frame))
+                        .map((entry) => stateAt(entry, frame))
+                        .filter((state) => !state.outside || state.keyframe);
+                },
+                export: async () => ({
+                    shapes: exported('shape'), tracks: exported('track'), tags: [],
+                }),
+                commit: async (created, gone) => {
+                    const removed = [...gone.shapes, ...gone.tracks, ...gone.tags].map((one) => {
+                        const object = objects.get(one.clientID);
+                        if (!object) {
+                            throw new Error('what is deleted was not found');
+                        }
+                        return object;
+                    });
+                    // As in CVAT: when one throws, those before it stay.
+                    const added = [
+                        ...created.shapes.map((data) => add('shape', data)),
+                        ...created.tracks.map((data) => add('track', data)),
+                    ];
+                    if (!added.length && !removed.length) {
+                        return;
+                    }
+                    removed.forEach((object) => { object.removed = true; });
+                    undoSteps.push(() => {
+                        removed.forEach((object) => { object.removed = false; });
+                        added.forEach((clientID) => { objects.get(clientID).removed = true; });
+                    });
+                },
+            };
+            this.load = ({ shapes = [], tracks = [] }) => {
+                objects = new Map();
+                for (const [kind, list] of [['shape', shapes], ['track', tracks]]) {
+                    for (const { clientID, lock, hidden, ...data } of list) {
+                        objects.set(clientID, { kind, data, lock, hidden });
+                    }
+                }
+            };
+            // A person's correction of a shape, or of a track by a keyframe.
+            this.correct = (clientID, frame, points) => {
+                const { kind, data } = objects.get(clientID);
+                data.source = 'manual';
+                if (kind === 'shape') {
+                    data.points = points;
+                } else {
+                    const keyframe = { ...positionAt(data, frame), frame, points };
+                    data.shapes = [...data.shapes.filter((one) => one.frame !== frame), keyframe];
+                }
+            };
+            this.undo = () => undoSteps.pop()();
+            this.undoSteps = undoSteps;
+        }
+    }
+
+    // -------------------------------------------------------------- actions
+
+    class BaseAction {}
+    class BaseCollectionAction extends BaseAction {}
+    const registered = [];
+
+    function prepare(declared, given) {
+        return Object.fromEntries(Object.entries(declared).map(([name, { type, defaultValue }]) => {
+            const value = name in given ? given[name] : defaultValue;
+            return [name, type === 'number' ? Number(value) : value];
+        }));
+    }
+
+    async function perform(job, action, parameters, frame, collection, onProgress, cancelled) {
+        const report = (text, percent) => {
+            testPage.events.push({ text, percent });
+            onProgress(text, percent);
+        };
+        try {
+            await action.init(job, prepare(action.parameters, parameters));
+            const { deleted, ...frameData } = await job.frames.get(frame);
+            const chosen = action.applyFilter({ collection, frameData: { ...frameData, deleted } });
+            const { created, deleted: gone } = await action.run({
+                collection: chosen, frameData, onProgress: report, cancelled,
+            });
+            await job.annotations.commit(created, gone, frame);
+        } finally {
+            await action.destroy();
+        }
+    }
+
+    const core = {
+        classes: { BaseCollectionAction },
+        actions: {
+            list: async () => [...registered],
+            register: async (action) => {
+                testPage.registrations.push(action.name);
+                if (!(action instanceof BaseAction)) {
+                    throw new Error('Provided action must inherit one of base classes');
+                }
+                if (registered.some(({ name }) => name === action.name)) {
+                    throw new Error(`Action name must be unique. "${action.name}" already exists`);
+                }
+                registered.push(action);
+            },
+            unregister: async (action) => {
+                const i = registered.indexOf(action);
+                if (i < 0) {
+                    throw new Error('no such action');
+                }
+                registered.splice(i, 1);
+            },
+            run: async (job, action, parameters, frame, onProgress, cancelled) => perform(
+                job, action, parameters, frame, await job.annotations.export(),
+                onProgress, cancelled,
+            ),
+            call: async (job, action, parameters, frame, states, onProgress, cancelled) => {
+                const collection = { shapes: [], tracks: [], tags: [] };
+                for (const state of states) {
+                    collection[`${state.objectType}s`].push(await state.export());
+                }
+                await perform(job, action, parameters, frame, collection, onProgress, cancelled);
+            },
+        },
+        lambda: {
+            list: async () => ({ models: await request('/api/lambda/functions') }),
+            call: async (taskId, model, body) => request(
+                `/api/lambda/functions/${model.id}`, { ...body, task: taskId },
+            ),
+        },
+    };
+
+    // -------------------------------------------------------------- for the tests
+
+    const withoutClientID = ({ clientID, ...rest }) => rest;
+
+    Object.assign(testPage, {
+        openJob: (job, collection) => {
+            testPage.job = new Job(job);
+            testPage.job.load(collection);
+            testPage.events.length = 0;
+        },
+        actionNames: () => registered.map(({ name }) => name),
+        find: (name) => registered.find((action) => action.name === name),
+        /**
+         * Run the action as the window does.
+         * @returns the message of the error that the annotator would read, or null
+         */
+        run: async ({ name, frame, parameters, clientID, cancelAfter }) => {
+            const action = testPage.find(name);
+            const cancelled = () => cancelAfter !== undefined && testPage.events.some(
+                ({ text }) => text?.startsWith(cancelAfter),
+            );
+            const states = (await testPage.job.annotations.get(frame, false, []))
+                .filter((state) => state.clientID === clientID);
+            const go = clientID === undefined
+                ? core.actions.run(testPage.job, action, parameters, frame, () => {}, cancelled)
+                : core.actions.call(
+                    testPage.job, action, parameters, frame, states, () => {}, cancelled,
+                );
+            return go.then(() => null, (error) => error.message);
+        },
+        isApplicable: async (name, frame) => {
+            const states = await testPage.job.annotations.get(frame, true, []);
+            const action = testPage.find(name);
+            return Object.fromEntries(states.map(
+                (state) => [state.clientID, action.isApplicableForObject(state)],
+            ));
+        },
+        read: async () => testPage.job.annotations.export(),
+        content: async () => {
+            const { shapes, tracks } = await testPage.job.annotations.export();
+            return { shapes: shapes.map(withoutClientID), tracks: tracks.map(withoutClientID) };
+        },
+    });
+
+    const kind = new URLSearchParams(window.location.search).get('core');
+    if (kind === 'old') {
+        globalThis.cvat = { classes: {}, lambda: core.lambda };
+    } else if (kind === 'late') {
+        realSetTimeout(() => { globalThis.cvat = core; }, 200);
+    } else if (kind !== 'none') {
+        globalThis.cvat = core;
+    }
+})();
