@@ -41,16 +41,20 @@ def read_cvat_xml(path: Path) -> list[Prompt]:
         BadRequestError: The file is not a *CVAT for video* file.
     """
     prompts = []
+    group_starts: dict[str, int] = {}
     try:
-        root = defusedxml.ElementTree.parse(path).getroot()
-        for track in root.iter("track") if root is not None else ():
-            for element in track:
-                if element.tag in _TYPES and element.get("outside", "0") == "0":
-                    shape = Shape(_TYPES[element.tag], _read_points(element))
-                    prompts.append(
-                        Prompt(track.attrib["label"], shape, int(element.attrib["frame"]))
-                    )
-                    break
+        root = defusedxml.ElementTree.fromstring(path.read_bytes())
+        for track in root.iter("track"):
+            shapes = [shape for shape in track if shape.tag in _TYPES]
+            visible = [shape for shape in shapes if shape.get("outside", "0") == "0"]
+            if not visible:
+                continue
+            frame, group = int(visible[0].attrib["frame"]), track.get("group_id", "0")
+            is_grouped_mask = visible[0].tag == "mask" and group != "0"
+            if is_grouped_mask and group_starts.setdefault(group, frame) < frame:
+                continue  # a mask's later frames are tracks of the same group, see below
+            shape = Shape(_TYPES[visible[0].tag], _read_points(visible[0]))
+            prompts.append(Prompt(track.attrib["label"], shape, frame))
     except (ParseError, DefusedXmlException, KeyError, ValueError) as err:
         raise BadRequestError(f"{path} is not a CVAT for video 1.1 file: {err!r}") from err
     if not prompts:

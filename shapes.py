@@ -22,7 +22,7 @@ Box = tuple[float, float, float, float]  # XYXY, far edge excluded
 
 DEFAULT_POLYGON_TOLERANCE = 1.0
 MIN_POLYGON_IOU = 0.98
-# A polygon that crosses the frame's rows more often than this needs more than 150 MB to fill.
+# A drawn polygon that crosses the frame's rows more often needs more than 150 MB to fill.
 MAX_CROSSINGS = 2_000_000
 MAX_NUMBER = 1e9  # far beyond every frame, and small enough that no sum or product overflows
 
@@ -68,7 +68,7 @@ def shape_to_mask(shape: Shape, size_hw: SizeHW) -> Mask:
         case ShapeType.MASK:
             mask = decode_cvat_rle(points, size_hw)
         case ShapeType.POLYGON:
-            mask = _polygon_to_mask(_vertices(points), size_hw)
+            mask = _polygon_to_mask(_vertices(points, size_hw), size_hw)
         case ShapeType.RECTANGLE:
             x1, y1, x2, y2 = rectangle_to_box(shape, size_hw)
             mask = _polygon_to_mask(np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]]), size_hw)
@@ -242,12 +242,19 @@ def _numbers(shape: Shape) -> npt.NDArray[np.float64]:
     return points
 
 
-def _vertices(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _vertices(points: npt.NDArray[np.float64], size_hw: SizeHW) -> npt.NDArray[np.float64]:
     if points.size < 6 or points.size % 2:
         raise BadRequestError(
             f"polygon has {points.size} numbers: expected x, y pairs, at least three"
         )
-    return points.reshape(-1, 2)
+    vertices = points.reshape(-1, 2)
+    crossings = np.abs(np.diff(np.clip(vertices[:, 1], 0, size_hw[0]))).sum()
+    if crossings > MAX_CROSSINGS:
+        raise TooLargeError(
+            f"polygon crosses the rows of the frame some {crossings:.0f} times: at most "
+            f"{MAX_CROSSINGS} are allowed; draw it with fewer points"
+        )
+    return vertices
 
 
 def _polygon_to_mask(vertices: npt.NDArray[np.float64], size_hw: SizeHW) -> Mask:
@@ -266,11 +273,6 @@ def _polygon_to_mask(vertices: npt.NDArray[np.float64], size_hw: SizeHW) -> Mask
     first_row = np.clip(np.ceil(top - 0.5), 0, height).astype(np.int64)
     last_row = np.clip(np.ceil(bottom - 0.5), 0, height).astype(np.int64)
     row_count = last_row - first_row  # rows whose centre line this edge crosses
-    if row_count.sum() > MAX_CROSSINGS:
-        raise TooLargeError(
-            f"polygon crosses the rows of the frame {row_count.sum()} times: at most "
-            f"{MAX_CROSSINGS} are allowed; draw it with fewer points"
-        )
     edge = np.repeat(np.arange(len(start)), row_count)
     row = first_row[edge] + np.arange(edge.size)
     row -= np.repeat(np.cumsum(row_count) - row_count, row_count)

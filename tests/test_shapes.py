@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import tracemalloc
 from typing import Any
 
 import cv2
@@ -14,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from errors import BadRequestError
+from errors import BadRequestError, TooLargeError
 from shapes import (
     Mask,
     Shape,
@@ -386,3 +387,23 @@ def test_malformed_shape_is_refused(shape_type: str, points: list[float], reason
     """The reason says what was expected and what was found."""
     with pytest.raises(BadRequestError, match=reason):
         drawn(shape_type, points)
+
+
+def test_polygon_that_would_fill_the_memory_is_refused() -> None:
+    """A zigzag over a tall frame is small as JSON and huge to fill."""
+    zigzag = [value for index in range(600) for value in (0.5, 16_384.0 * (index % 2))]
+
+    with pytest.raises(TooLargeError, match="crosses the rows of the frame some 98"):
+        drawn(ShapeType.POLYGON, zigzag, (16_384, 4))
+
+
+@pytest.mark.parametrize("intruder", ["a" * 10_000, True, None, [1]])
+def test_intruder_among_many_numbers_is_refused_by_its_type(intruder: object) -> None:
+    """Before NumPy makes room for it two hundred thousand times."""
+    tracemalloc.start()
+    with pytest.raises(BadRequestError, match="flat list of numbers"):
+        drawn(ShapeType.MASK, [*[1] * 200_000, intruder])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak < 10_000_000

@@ -339,3 +339,10 @@ def test_wrong_password_is_unavailable_and_not_told(own_server: RedisServer) -> 
     let_in.ping()
     refused.close()
     let_in.close()
+
+
+def test_server_that_knows_no_newer_protocol_is_spoken_to_in_the_old_one() -> None:
+    """Kvrocks in older CVAT releases answers RESP2 only."""
+    client = connect(RedisSettings(host="127.0.0.1"))
+
+    assert client.connection_pool.connection_kwargs["protocol"] == 2

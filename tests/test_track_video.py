@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import cv2
 import defusedxml.ElementTree
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 
 import track_video
 from clip_reader import open_clip
-from cvat_xml import Prompt, read_cvat_xml
+from cvat_xml import CvatXmlWriter, Prompt, read_cvat_xml
+from engine import RemoteEngine
 from errors import BadRequestError
 from protocol import Continue, Start
 from shapes import Shape, ShapeType, encode_cvat_rle
@@ -283,6 +285,10 @@ def test_malformed_xml_is_refused(tmp_path: Path, text: str) -> None:
     [
         ({"last_frame": 99}, "last frame 99 does not lie between 0 and 19"),
         ({"prompts": [Prompt("late", SQUARE.shape, 20)]}, "late starts on frame 20: .* has 20"),
+        (
+            {"prompts": [SQUARE, Prompt("late", SQUARE.shape, 15)], "last_frame": 5},
+            "late starts on frame 15, behind the last frame 5",
+        ),
     ],
 )
 def test_frames_outside_the_clip_are_refused(
@@ -307,3 +313,36 @@ def test_the_command_line_says_what_is_wrong_in_one_line(
 
     assert code == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_masks_written_are_read_back_as_one_prompt_each(tmp_path: Path) -> None:
+    """Though CVAT's format holds a mask track as one element per frame."""
+    writer = CvatXmlWriter(tmp_path / "a.xml", ["first", "second"], 5)
+    mask = Shape(ShapeType.MASK, encode_cvat_rle(blob_mask()))
+    for track in (0, 1):
+        for frame in (1, 2, 3):
+            writer.add(track, frame, mask)
+    writer.close()
+    read = read_cvat_xml(tmp_path / "a.xml")
+
+    assert [(prompt.label, prompt.frame) for prompt in read] == [("first", 1), ("second", 1)]
+    assert list(read[0].shape.points) == list(mask.points)
+
+
+def test_images_are_turned_as_their_exif_says(tmp_path: Path) -> None:
+    """As CVAT shows them, and as the function reads them."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    ((_, frame),) = open_clip(tmp_path).frames(0, 0)
+
+    assert frame.size == (20, 40)
+
+
+def test_a_url_without_a_scheme_is_refused_without_repeating() -> None:
+    """It cannot become right by waiting."""
+    with (
+        closing(RemoteEngine("127.0.0.1:8070")) as engine,
+        pytest.raises(BadRequestError, match=r"127\.0\.0\.1:8070"),
+    ):
+        engine.track(Image.new("RGB", (8, 8)), [Start(SQUARE.shape)])
