@@ -218,6 +218,7 @@
      * @property {Record<string, unknown>} parameters
      * @property {number} largestGroup
      * @property {RunInput} input
+     * @property {number} [percent] how far it is
      */
 
     /** @param {Run} run */
@@ -227,8 +228,8 @@
         const target = readTarget(session, parameters[TARGET], current);
         const convert = String(parameters[CONVERT]) === 'true';
         const everyN = Math.max(1, Math.round(Number(parameters[EVERY])) || 1);
-        const allFrames = await listFrames(session);
-        const frames = framesBetween(allFrames, current, target);
+        const numbers = await listFrames(session);
+        const frames = await framesBetween(session, numbers, current, target);
         const pursued = await choose(session, input, convert);
 
         const outcome = await pursue(run, pursued, current, frames);
@@ -246,7 +247,7 @@
         const result = emptyResult();
         if (done.length) {
             const touched = [current, ...done];
-            const next = allFrames.find((frame) => frame > Math.max(...ends(touched)));
+            const next = await firstAfter(session, numbers, Math.max(...ends(touched)));
             const asTracks = pursued.filter((object) => object.asTrack);
             for (const object of asTracks) {
                 result.created.tracks.push(buildTrack(object, touched, everyN, next));
@@ -284,8 +285,9 @@
      * @returns {[number, number]} first and last frame
      */
     function frameRange(session) {
-        const first = session.startFrame ?? 0;
-        return [first, session.stopFrame ?? first + (session.size ?? 1) - 1];
+        return session.taskId === undefined // a task's own start and stop are the video file's
+            ? [0, (session.size ?? 1) - 1]
+            : [session.startFrame ?? 0, session.stopFrame ?? 0];
     }
 
     /**
@@ -313,37 +315,59 @@
 
     /**
      * @param {Session} session
-     * @returns {Promise<number[]>} ascending, without deleted ones
+     * @returns {Promise<number[]>} ascending, deleted ones among them
      */
     async function listFrames(session) {
-        const { frames } = session;
         const [first, last] = frameRange(session);
-        const numbers = frames.frameNumbers
-            ? await frames.frameNumbers()
-            : Array.from({ length: last - first + 1 }, (_, i) => first + i);
-        const kept = [];
-        for (const number of [...numbers].sort((a, b) => a - b)) {
-            if (!(await frames.get?.(number))?.deleted) {
-                kept.push(number);
-            }
-        }
-        return kept;
+        const numbers = await session.frames.frameNumbers?.()
+            ?? Array.from({ length: last - first + 1 }, (_, i) => first + i);
+        return [...numbers].sort((a, b) => a - b);
     }
 
     /**
-     * @param {number[]} all ascending
+     * @param {Session} session
+     * @param {number} frame
+     */
+    async function isDeleted(session, frame) {
+        return Boolean((await session.frames.get?.(frame))?.deleted);
+    }
+
+    /**
+     * @param {Session} session
+     * @param {number[]} numbers ascending
      * @param {number} current
      * @param {number} target
-     * @returns {number[]} in tracking order, without the current one
+     * @returns {Promise<number[]>} in tracking order, without the current one and deleted ones
      */
-    function framesBetween(all, current, target) {
-        const frames = target > current
-            ? all.filter((frame) => frame > current && frame <= target)
-            : all.filter((frame) => frame < current && frame >= target).reverse();
+    async function framesBetween(session, numbers, current, target) {
+        const between = target > current
+            ? numbers.filter((frame) => frame > current && frame <= target)
+            : numbers.filter((frame) => frame < current && frame >= target).reverse();
+        const frames = [];
+        for (const frame of between) {
+            if (!await isDeleted(session, frame)) {
+                frames.push(frame);
+            }
+        }
         if (!frames.length) {
             throw new Error(`Every frame between ${current} and ${target} is deleted.`);
         }
         return frames;
+    }
+
+    /**
+     * @param {Session} session
+     * @param {number[]} numbers ascending
+     * @param {number} last
+     * @returns {Promise<number | undefined>} the next frame that is not deleted
+     */
+    async function firstAfter(session, numbers, last) {
+        for (const frame of numbers.filter((number) => number > last)) {
+            if (!await isDeleted(session, frame)) {
+                return frame;
+            }
+        }
+        return undefined;
     }
 
     /**
@@ -506,11 +530,12 @@
                 outcome.done.push(frame);
                 const count = outcome.done.length;
                 const seconds = (performance.now() - startedAt) / 1000 / count;
+                run.percent = (100 * count) / frames.length;
                 onProgress(
                     `Frame ${frame} (${count} of ${frames.length}) · ${objects} · `
                     + `${seconds.toFixed(1)} s/frame · `
                     + `${duration(seconds * (frames.length - count))} left`,
-                    (100 * count) / frames.length,
+                    run.percent,
                 );
             }
         } catch (error) {
@@ -584,7 +609,8 @@
      * @param {object} body
      * @returns {Promise<Answer>}
      */
-    async function ask({ core, model, session, input }, frame, body) {
+    async function ask(run, frame, body) {
+        const { core, model, session, input } = run;
         const inJob = session.taskId !== undefined;
         const taskId = session.taskId ?? session.id;
         const request = { ...body, frame, ...(inJob ? { job: session.id } : {}) };
@@ -599,7 +625,7 @@
                 input.onProgress(
                     `Frame ${frame}: ${reason(error)} · trying again in ${pause / 1000} s `
                     + `(${attempt + 1} of ${PAUSES_MS.length})`,
-                    0,
+                    run.percent ?? 0,
                 );
                 await wait(pause, input.cancelled);
             }
@@ -657,7 +683,7 @@
         const status = statusOf(error);
         const text = error instanceof Error ? error.message : String(error);
         const short = text.trim().replace(/\.+$/, '').slice(0, 300);
-        return status ? `${status} ${short}` : short || 'no answer';
+        return status && !short.includes(String(status)) ? `${status} ${short}` : short || 'no answer';
     }
 
     /**
@@ -953,7 +979,7 @@
                 const earlier = there.filter((state) => seriesOf(state) === key);
                 const isAll = members.length === now.get(key);
                 for (const [state, object] of matchEarlier(earlier, members, frame, isAll)) {
-                    if (state.source === 'manual' || !isFree(state)) {
+                    if (state.source !== 'semi-auto' || !isFree(state)) {
                         occupied.get(object)?.add(frame);
                     } else {
                         result.deleted.shapes.push({ clientID: state.clientID });

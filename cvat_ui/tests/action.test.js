@@ -522,9 +522,12 @@ describe('long runs', () => {
         assert.equal(await noticeText(), '');
         const told = (await progress()).filter((text) => text.includes('trying again'));
         assert.deepEqual(told, [
-            'Frame 2: 503 503 Server Error · trying again in 1 s (1 of 3)',
-            'Frame 2: 503 503 Server Error · trying again in 3 s (2 of 3)',
+            'Frame 2: 503 Server Error · trying again in 1 s (1 of 3)',
+            'Frame 2: 503 Server Error · trying again in 3 s (2 of 3)',
         ]);
+        const steps = await page.evaluate(() => globalThis.testPage.events
+            .map(({ percent }) => percent).filter((percent) => percent !== undefined));
+        assert.deepEqual(steps, steps.toSorted((a, b) => a - b)); // it never goes back
         const paused = await page.evaluate(() => globalThis.testPage.events
             .filter(({ pause }) => pause === 250).length);
         assert.equal(paused * 250, 4000);
@@ -744,6 +747,20 @@ describe('parameters', () => {
             await run(3, 5), 'No object to track on frame 3: draw one, or show and unlock it.',
         );
         assert.deepEqual(cvat.asked, []);
+    });
+
+    test('a task that is open outside a job is asked for without one', async () => {
+        await openJob(
+            { shapes: [shape(9, 'polygon', DISC.polygon)] },
+            { taskId: undefined, size: 3, startFrame: 50, stopFrame: 52 }, // of the video file
+        );
+
+        assert.equal(
+            await run(0, 3), 'Target frame 3 is not in this job: choose one from 0 to 2.',
+        );
+        assert.equal(await run(0, 2), null);
+        assert.deepEqual(cvat.asked.map(frameOf), [0, 1, 2]);
+        assert.ok(cvat.asked.every(({ task, job }) => task === 4 && job === undefined));
     });
 
     test('a window that clicks through: choose, run, done', async () => {

@@ -155,7 +155,7 @@ export async function start() {
         cvat,
         /** Open a page of the site in a browser of its own, and note what its console says. */
         async open(path = '/tasks/4/jobs/4') {
-            const context = await browser.newContext({ viewport: { width: 1100, height: 620 } });
+            const context = await browser.newContext({ viewport: { width: 1000, height: 620 } });
             const page = await context.newPage();
             page.said = [];
             page.on('console', (message) => page.said.push(message.text()));

@@ -71,8 +71,10 @@
     }
 
     class Job {
-        constructor({ id, taskId, startFrame, stopFrame, labels, deletedFrames = [] }) {
-            Object.assign(this, { id, taskId, startFrame, stopFrame, labels });
+        constructor({ id, taskId, startFrame, stopFrame, size, labels, deletedFrames = [] }) {
+            Object.assign(this, { id, taskId, startFrame, stopFrame, size, labels });
+            const [first, count] = taskId === undefined
+                ? [0, size] : [startFrame, stopFrame - startFrame + 1];
             const deleted = new Set(deletedFrames);
             let nextClientID = 1000;
             let objects = new Map(); // client id: {kind, data, lock, hidden, removed}
@@ -114,9 +116,7 @@
                 .map(([clientID, { data }]) => structuredClone({ ...data, clientID }));
 
             this.frames = {
-                frameNumbers: async () => Array.from(
-                    { length: stopFrame - startFrame + 1 }, (_, i) => startFrame + i,
-                ),
+                frameNumbers: async () => Array.from({ length: count }, (_, i) => first + i),
                 get: async (number) => ({
                     number, width: 320, height: 180, deleted: deleted.has(number),
                 }),

@@ -4,8 +4,9 @@
 'use strict';
 
 (() => {
-    const SCALE = 2;
-    const COLORS = ['#e6194b', '#3cb44b', '#4363d8', '#f58231'];
+    const WIDTH = 520;
+    let scale = 1; // of the frame on the canvas
+    const COLORS = ['#ffe119', '#1f3bd8', '#e6194b', '#f58231'];
     const { testPage } = globalThis;
 
     function decodeMask(points) {
@@ -23,23 +24,23 @@
     }
 
     function drawShape(context, { shapeType, points }, color) {
-        context.fillStyle = `${color}66`;
+        context.fillStyle = `${color}99`;
         context.strokeStyle = color;
         context.lineWidth = 2;
         context.beginPath();
         if (shapeType === 'mask') {
             decodeMask(points).forEach(([x, y]) => {
-                context.fillRect(x * SCALE, y * SCALE, SCALE, SCALE);
+                context.fillRect(x * scale, y * scale, scale, scale);
             });
         } else if (shapeType === 'ellipse') {
-            const [cx, cy, right, top] = points.map((value) => value * SCALE);
+            const [cx, cy, right, top] = points.map((value) => value * scale);
             context.ellipse(cx, cy, right - cx, cy - top, 0, 0, 2 * Math.PI);
         } else if (shapeType === 'rectangle') {
-            const [x1, y1, x2, y2] = points.map((value) => value * SCALE);
+            const [x1, y1, x2, y2] = points.map((value) => value * scale);
             context.rect(x1, y1, x2 - x1, y2 - y1);
         } else {
             for (let i = 0; i < points.length; i += 2) {
-                context.lineTo(points[i] * SCALE, points[i + 1] * SCALE);
+                context.lineTo(points[i] * scale, points[i + 1] * scale);
             }
             context.closePath();
         }
@@ -52,8 +53,9 @@
         image.src = `/frames/${String(frame).padStart(5, '0')}.jpg`;
         await image.decode();
         const canvas = document.querySelector('canvas');
-        canvas.width = image.width * SCALE;
-        canvas.height = image.height * SCALE;
+        scale = WIDTH / image.width;
+        canvas.width = WIDTH;
+        canvas.height = image.height * scale;
         const context = canvas.getContext('2d');
         context.drawImage(image, 0, 0, canvas.width, canvas.height);
         const states = await testPage.job.annotations.get(frame, false, []);
