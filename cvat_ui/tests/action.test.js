@@ -463,7 +463,10 @@ describe('running again from a corrected frame', () => {
             [10, 20, 21, 22, 1001, 1002],
         );
 
-        await openJob({ shapes: [...series(10, DISC.mask), ...series(20, BLOCK.mask)] });
+        const stray = shape(30, 'mask', boxMask(10, 150, 20, 160), {
+            frame: 2, group: 2, source: 'semi-auto', // overlaps neither
+        });
+        await openJob({ shapes: [...series(10, DISC.mask), ...series(20, BLOCK.mask), stray] });
         cvat.reset();
 
         assert.equal(await run(0, 2), null); // both: all of the earlier ones go
