@@ -452,7 +452,9 @@ describe('running again from a corrected frame', () => {
         const series = (firstID, points) => [0, 1, 2].map((frame) => shape(
             firstID + frame, 'mask', points, { frame, group: 2, source: 'semi-auto' },
         ));
-        await openJob({ shapes: [...series(10, DISC.mask), ...series(20, BLOCK.mask)] });
+        // On frame 2 only the other one's is left, far from the new shape.
+        const shapes_ = [...series(10, DISC.mask).slice(0, 2), ...series(20, BLOCK.mask)];
+        await openJob({ shapes: shapes_ });
         answerOn([1, 2], () => ({ type: 'mask', points: DISC.mask }));
 
         assert.equal(await run(0, 2, { clientID: 10 }), null);
