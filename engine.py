@@ -2,7 +2,7 @@
 
 The command line doors use it. Both give the same shapes: frames travel as PNG, unchanged. A running
 function answers what CVAT's protocol has and no more: no masks behind polygons, rectangles and
-ellipses, no scores, and for a lost rectangle its last box without a word that it is lost.
+ellipses, and no scores.
 """
 
 from __future__ import annotations
@@ -140,8 +140,10 @@ class RemoteEngine:
 
 
 def _tracked(state: str, shape: dict[str, Any] | None) -> TrackedObject:
-    found = None if shape is None else Shape(ShapeType(shape["type"]), shape["points"])
-    return TrackedObject(StateToken.parse(state), found, lost=found is None)
+    if shape is None:
+        return TrackedObject(StateToken.parse(state), None, lost=True)
+    found = Shape(ShapeType(shape["type"]), shape["points"])
+    return TrackedObject(StateToken.parse(state), found, lost=bool(shape.get("outside")))
 
 
 def _refusal(response: httpx.Response) -> TrackerError:

@@ -137,7 +137,7 @@ def _track(context: Context, service: Service, body: object) -> dict[str, Any]:
     frame = Frame(key, size_hw, image)
     found = service.tracker.run(frame, request.items, report)
     context.logger.info_with("tracked", **vars(report))
-    return format_tracker_answer(request, [(one.token, one.shape) for one in found])
+    return format_tracker_answer(request, [(one.token, one.shape, one.lost) for one in found])
 
 
 def _json_response(body: dict[str, Any], status: int = 200) -> Response:

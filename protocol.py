@@ -95,18 +95,25 @@ def parse_tracker_request(body: object, limits: Limits) -> TrackerRequest:
 
 
 def format_tracker_answer(
-    request: TrackerRequest, answers: Sequence[tuple[StateToken, Shape | None]]
+    request: TrackerRequest, answers: Sequence[tuple[StateToken, Shape | None, bool]]
 ) -> dict[str, Any]:
-    """Write the answer to a tracker call: per item its new state and where the object is."""
+    """Write the answer to a tracker call.
+
+    Args:
+        request: What was asked.
+        answers: Per item its new state, where the object is, and whether it is lost. A lost
+            rectangle has its last box; `outside` beside it tells callers that look.
+    """
     shapes: list[object] = []
-    for (_, shape), bare in zip(answers, request.bare, strict=True):
+    for (_, shape, lost), bare in zip(answers, request.bare, strict=True):
         if shape is None:
             shapes.append(None)
         elif bare:
             shapes.append(list(shape.points))
         else:
-            shapes.append({"type": str(shape.type), "points": list(shape.points)})
-    return {"shapes": shapes, "states": [str(token) for token, _ in answers]}
+            outside = {"outside": True} if lost else {}
+            shapes.append({"type": str(shape.type), "points": list(shape.points)} | outside)
+    return {"shapes": shapes, "states": [str(token) for token, _, _ in answers]}
 
 
 def read_image_size(data: bytes, limits: Limits) -> SizeHW:

@@ -110,12 +110,21 @@ def test_every_callers_request_is_understood(
 
 
 def test_answer_has_the_form_of_the_question() -> None:
-    """Bare boxes are answered bare, shapes as objects, a lost object as null; order is kept."""
-    request = TrackerRequest(b"", (NEXT, NEXT, NEXT, NEXT), (True, False, False, True))
+    """Bare boxes are answered bare, shapes as objects, a lost object as null; order is kept.
+
+    A lost rectangle keeps its box and says so where there is room to.
+    """
+    request = TrackerRequest(b"", (NEXT,) * 5, (True, False, False, True, False))
     box = Shape(ShapeType.RECTANGLE, (1.0, 2.0, 3.0, 4.0))
     answer = format_tracker_answer(
         request,
-        [(TOKEN, box), (TOKEN, box), (TOKEN, None), (TOKEN, None)],
+        [
+            (TOKEN, box, True),
+            (TOKEN, box, False),
+            (TOKEN, None, True),
+            (TOKEN, None, True),
+            (TOKEN, box, True),
+        ],
     )
 
     assert json.loads(json.dumps(answer)) == {
@@ -124,8 +133,9 @@ def test_answer_has_the_form_of_the_question() -> None:
             {"type": "rectangle", "points": [1.0, 2.0, 3.0, 4.0]},
             None,
             None,
+            {"type": "rectangle", "points": [1.0, 2.0, 3.0, 4.0], "outside": True},
         ],
-        "states": [STATE] * 4,
+        "states": [STATE] * 5,
     }
 
 
