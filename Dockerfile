@@ -33,6 +33,8 @@ ENV SAM2_MODEL_ID=$SAM2_MODEL_ID \
 
 COPY weights/ weights/
 COPY *.py ./
+# a checkout made under a strict umask is unreadable to anyone but root
+RUN chmod -R a+rX /opt/nuclio
 
 # A number, so that Kubernetes can see that it is not root
 USER 1000:1000

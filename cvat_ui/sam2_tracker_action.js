@@ -241,9 +241,6 @@
         if (outcome.failure && !done.length) {
             throw new Error(`${outcome.failure} ${kept}`);
         }
-        notify(run.model.name, [outcome.failure, outcome.malformed, outcome.cancelled
-            && `Cancelled before frame ${outcome.cancelled}.`], kept);
-
         const result = emptyResult();
         if (done.length) {
             const touched = [current, ...done];
@@ -255,6 +252,9 @@
             markDeleted(result, asTracks);
             await collectShapes(run, pursued, done, result);
         }
+        const cancelled = outcome.cancelled === undefined
+            ? undefined : `Cancelled before frame ${outcome.cancelled}.`;
+        notify(run.model.name, [outcome.failure, outcome.malformed, cancelled], kept);
         return result;
     }
 
@@ -753,7 +753,8 @@
     // ------------------------------------------------------------------ results as tracks
 
     /**
-     * The origin's keyframes with those on the touched frames replaced by what was found.
+     * The origin's keyframes with those from the first to the last touched frame replaced by what
+     * was found; one on a deleted frame between them would bend its neighbours.
      * @param {Pursued} object
      * @param {number[]} touched the current frame and those tracked
      * @param {number} everyN
@@ -762,9 +763,9 @@
      */
     function buildTrack(object, touched, everyN, next) {
         const { origin, original, mutable } = object;
-        const replaced = new Set(touched);
+        const [from, to] = [Math.min(...ends(touched)), Math.max(...ends(touched))];
         const keyframes = ascending([
-            ...original.filter(({ frame }) => !replaced.has(frame)),
+            ...original.filter(({ frame }) => frame < from || frame > to),
             object.start,
             ...thinOut(object, everyN).map((found) => foundToKeyframe(object, found)),
         ]).map((keyframe) => ({ ...keyframe }));
@@ -977,7 +978,8 @@
             const there = await session.annotations.get(frame, false, []);
             for (const [key, members] of byKey) {
                 const earlier = there.filter((state) => seriesOf(state) === key);
-                const isAll = members.length === now.get(key);
+                // More shapes than objects on a frame: some are not an earlier run's of these.
+                const isAll = members.length === now.get(key) && earlier.length <= members.length;
                 for (const [state, object] of matchEarlier(earlier, members, frame, isAll)) {
                     if (state.source !== 'semi-auto' || !isFree(state)) {
                         occupied.get(object)?.add(frame);
@@ -996,13 +998,10 @@
      * @param {ObjectState[]} earlier
      * @param {Pursued[]} members
      * @param {number} frame
-     * @param {boolean} isAll whether all objects of the group are tracked now
+     * @param {boolean} isAll whether these can only be the earlier shapes of the objects tracked now
      * @returns {Map<ObjectState, Pursued>}
      */
     function matchEarlier(earlier, members, frame, isAll) {
-        if (isAll && members.length === 1) {
-            return new Map(earlier.map((state) => [state, members[0]]));
-        }
         const pairs = earlier.flatMap((state) => members.map((object) => {
             const found = object.found.find((one) => one.frame === frame);
             const box = boxOf(object.type, found?.points ?? object.start.points);
@@ -1018,8 +1017,9 @@
             }
         }
         if (isAll) {
+            const unserved = members.filter((object) => !served.has(object));
             earlier.filter((state) => !matched.has(state))
-                .forEach((state) => matched.set(state, members[0]));
+                .forEach((state, index) => matched.set(state, unserved[index]));
         }
         return matched;
     }

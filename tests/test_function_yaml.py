@@ -391,7 +391,10 @@ def test_cpu_and_gpu_images_are_made_alike() -> None:
     assert_line = re.compile(r'&& python -c ".*"')
     commands = [
         [assert_line.sub("", " ".join(command.split())).strip() for command in found]
-        for found in (values_of("RUN"), directives(GPU, "preCopy", "RUN"))
+        for found in (
+            values_of("RUN"),
+            [*directives(GPU, "preCopy", "RUN"), *directives(GPU, "postCopy", "RUN")],
+        )
     ]
     assert commands[0] == commands[1]
 

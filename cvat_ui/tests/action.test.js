@@ -471,10 +471,38 @@ describe('running again from a corrected frame', () => {
         await openJob({ shapes: [...series(10, DISC.mask), ...series(20, BLOCK.mask), stray] });
         cvat.reset();
 
-        assert.equal(await run(0, 2), null); // both: all of the earlier ones go
+        assert.equal(await run(0, 2), null); // both: three on a frame cannot all be theirs
 
         const both = (await read()).shapes.map(({ clientID }) => clientID);
-        assert.deepEqual(both.filter((id) => id < 1000), [10, 20]);
+        assert.deepEqual(both.filter((id) => id < 1000), [10, 20, 30]);
+
+        await openJob({ shapes: [
+            ...series(10, DISC.mask).slice(0, 1), ...series(20, BLOCK.mask), stray,
+        ] });
+        cvat.reset();
+
+        assert.equal(await run(0, 2), null); // two on a frame are, however far one has drifted
+
+        const left = (await read()).shapes.map(({ clientID }) => clientID);
+        assert.deepEqual(left.filter((id) => id < 1000), [10, 20]);
+    });
+
+    test('another\'s locked shape beside one\'s own does not cost the frame', async () => {
+        const mask = (clientID, frame, points, changes = {}) => shape(clientID, 'mask', points, {
+            frame, group: 2, source: 'semi-auto', ...changes,
+        });
+        await openJob({ shapes: [
+            mask(10, 0, DISC.mask), mask(11, 1, DISC.mask),
+            mask(20, 1, boxMask(10, 150, 20, 160), { lock: true }),
+        ] });
+        answerOn([1], () => ({ type: 'mask', points: DISC.mask }));
+
+        assert.equal(await run(0, 1), null);
+
+        const { shapes } = await read();
+        assert.deepEqual(
+            shapes.map(({ clientID }) => clientID).sort((a, b) => a - b), [10, 20, 1001],
+        );
     });
 });
 
