@@ -48,8 +48,7 @@ def init_context(context: Context) -> None:
     try:
         context.user_data.service = _start_up(context)
     except (SettingsError, StateStoreUnavailableError) as err:
-        cause = None if err.__cause__ is None else repr(err.__cause__)
-        context.logger.error_with("cannot start", reason=str(err), cause=cause)
+        context.logger.error_with("cannot start", reason=str(err), cause=_cause(err))
         raise SystemExit(1) from None
 
 
@@ -63,8 +62,7 @@ def handler(context: Context, event: Event) -> Response:
     try:
         return _json_response(_serve(context, service, method, event.body))
     except TrackerError as err:
-        cause = None if err.__cause__ is None else repr(err.__cause__)
-        context.logger.warn_with("refused", status=err.status, reason=str(err), cause=cause)
+        context.logger.warn_with("refused", status=err.status, reason=str(err), cause=_cause(err))
         return _json_response({"error": str(err)}, err.status)
     except Exception:  # noqa: BLE001  # Nuclio would send the traceback to the caller
         context.logger.error_with("failed", traceback=traceback.format_exc())
@@ -138,6 +136,11 @@ def _track(context: Context, service: Service, body: object) -> dict[str, Any]:
     found = service.tracker.run(frame, request.items, report)
     context.logger.info_with("tracked", **vars(report))
     return format_tracker_answer(request, [(one.token, one.shape, one.lost) for one in found])
+
+
+def _cause(err: Exception) -> str | None:
+    """Return what a library said behind an error of ours: for the log, not for the caller."""
+    return None if err.__cause__ is None else repr(err.__cause__)
 
 
 def _json_response(body: dict[str, Any], status: int = 200) -> Response:

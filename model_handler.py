@@ -120,15 +120,11 @@ class ModelHandler:
             features = self._features[key] = self._encode(image())
         return features
 
-    def start_from_mask(self, frame: FrameFeatures, mask: Mask) -> ObjectOutput:
-        """Begin an object at a boolean mask `(H, W)` of the frame's size.
+    def mask_prompt(self, mask: Mask) -> torch.Tensor:
+        """Return a mask `(H, W)` at the size the model takes it, `(1, 1, S, S)`, bool.
 
         Source: `SAM2VideoPredictor.add_new_mask`.
         """
-        return self.start_from_prompt(frame, self.mask_prompt(mask))
-
-    def mask_prompt(self, mask: Mask) -> torch.Tensor:
-        """Return a mask `(H, W)` at the size the model takes it, `(1, 1, S, S)`, bool."""
         size = (self.image_size, self.image_size)
         prompt = torch.from_numpy(mask)[None, None].float().to(self.device)
         if prompt.shape[-2:] != size:
@@ -137,8 +133,8 @@ class ModelHandler:
             )
         return prompt >= 0.5
 
-    def start_from_prompt(self, frame: FrameFeatures, prompt: torch.Tensor) -> ObjectOutput:
-        """Begin an object at what `mask_prompt` returned."""
+    def start_from_mask(self, frame: FrameFeatures, prompt: torch.Tensor) -> ObjectOutput:
+        """Begin an object at a mask of the frame's, as `mask_prompt` returned it."""
         return self._start(frame, mask_inputs=prompt.float(), point_inputs=None)
 
     def start_from_box(self, frame: FrameFeatures, box: Box) -> ObjectOutput:

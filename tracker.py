@@ -275,7 +275,7 @@ class Tracker:
     def _start(self, features: FrameFeatures, prompt: torch.Tensor | Box) -> ObjectOutput:
         if isinstance(prompt, tuple):
             return self._model.start_from_box(features, prompt)
-        return self._model.start_from_prompt(features, prompt)
+        return self._model.start_from_mask(features, prompt)
 
     def _begin(
         self,

@@ -79,10 +79,16 @@ def test_a_batch_computes_what_one_at_a_time_computes(
     """One step from equal states differs by rounding only, in any mixture of ages."""
     single, batched = load(1), load(8)
     track = Track(single)
-    older = track.begin("a", single.start_from_mask(features_of(single, 0), blob_mask()))
+    older = track.begin(
+        "a", single.start_from_mask(features_of(single, 0), single.mask_prompt(blob_mask()))
+    )
     _, (older,) = track.step(features_of(single, 1), [older])
-    first = track.begin("b", single.start_from_mask(features_of(single, 1), blob_mask()))
-    second = track.begin("c", single.start_from_mask(features_of(single, 1), block_mask()))
+    first = track.begin(
+        "b", single.start_from_mask(features_of(single, 1), single.mask_prompt(blob_mask()))
+    )
+    second = track.begin(
+        "c", single.start_from_mask(features_of(single, 1), single.mask_prompt(block_mask()))
+    )
     third = track.begin("d", single.start_from_box(features_of(single, 1), (30, 60, 90, 120)))
     states = [first, older, second, third]
 
@@ -99,9 +105,13 @@ def test_answers_come_in_the_order_of_the_states(load: Callable[[int], ModelHand
     """Grouping by layout does not shuffle objects."""
     model = load(8)
     track = Track(model)
-    old = track.begin("a", model.start_from_mask(features_of(model, 0), blob_mask()))
+    old = track.begin(
+        "a", model.start_from_mask(features_of(model, 0), model.mask_prompt(blob_mask()))
+    )
     _, (old,) = track.step(features_of(model, 1), [old])
-    young = track.begin("b", model.start_from_mask(features_of(model, 1), block_mask()))
+    young = track.begin(
+        "b", model.start_from_mask(features_of(model, 1), model.mask_prompt(block_mask()))
+    )
     features = features_of(model, 2)
 
     old_first = model.step(features, [old, young], track.memories)
@@ -115,7 +125,9 @@ def test_a_step_leaves_its_state_as_it_was(load: Callable[[int], ModelHandler]) 
     """The same state steps twice to the same bits."""
     model = load(1)
     track = Track(model)
-    state = track.begin("a", model.start_from_mask(features_of(model, 0), blob_mask()))
+    state = track.begin(
+        "a", model.start_from_mask(features_of(model, 0), model.mask_prompt(blob_mask()))
+    )
     before = track.memories["a0"].clone()
     (once,) = model.step(features_of(model, 1), [state], track.memories)
     (again,) = model.step(features_of(model, 1), [state], track.memories)
@@ -168,7 +180,9 @@ def test_full_size_masks_have_the_size_of_the_frame(load: Callable[[int], ModelH
     """Whatever the model's input size is."""
     model = load(1)
     features = features_of(model, 0)
-    mask = model.full_size_mask(features, model.start_from_mask(features, blob_mask()))
+    mask = model.full_size_mask(
+        features, model.start_from_mask(features, model.mask_prompt(blob_mask()))
+    )
 
     assert mask.shape == SIZE_HW
     assert mask.dtype == np.bool_
