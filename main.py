@@ -7,10 +7,8 @@ called by Nuclio's Python wrapper, and by `local_server.py` in the same way.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
-import traceback
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -19,7 +17,8 @@ import torch
 from nuclio_sdk import Context, Event, Response
 from PIL import Image
 
-from errors import MethodNotAllowedError, SettingsError, StateStoreUnavailableError, TrackerError
+from errors import SettingsError, StateStoreUnavailableError
+from nuclio_door import answer, one_line_on_failure
 from protocol import decode_image, format_tracker_answer, parse_tracker_request, read_image_size
 from settings import Limits, Settings
 from state_store import StateStore, open_store
@@ -45,11 +44,8 @@ def init_context(context: Context) -> None:
     Raises:
         SystemExit: The function must not start; one line of the log says why.
     """
-    try:
+    with one_line_on_failure(context):
         context.user_data.service = _start_up(context)
-    except (SettingsError, StateStoreUnavailableError) as err:
-        context.logger.error_with("cannot start", reason=str(err), cause=_cause(err))
-        raise SystemExit(1) from None
 
 
 def handler(context: Context, event: Event) -> Response:
@@ -58,15 +54,13 @@ def handler(context: Context, event: Event) -> Response:
     POST tracks (PROTOCOL: CVAT's tracker call). GET tells whether model and store are ready.
     """
     service: Service = context.user_data.service
-    method = (event.method or "POST").upper()
-    try:
-        return _json_response(_serve(context, service, method, event.body))
-    except TrackerError as err:
-        context.logger.warn_with("refused", status=err.status, reason=str(err), cause=_cause(err))
-        return _json_response({"error": str(err)}, err.status)
-    except Exception:  # noqa: BLE001  # Nuclio would send the traceback to the caller
-        context.logger.error_with("failed", traceback=traceback.format_exc())
-        return _json_response({"error": "internal error; the function's log has the reason"}, 500)
+    return answer(
+        context,
+        event,
+        serve=lambda body: _track(context, service, body),
+        verb="tracks",
+        check_health=service.store.ping,
+    )
 
 
 def _start_up(context: Context) -> Service:
@@ -112,15 +106,6 @@ def _wait_for(store: StateStore) -> None:
             time.sleep(1)
 
 
-def _serve(context: Context, service: Service, method: str, body: object) -> dict[str, Any]:
-    if method == "GET":
-        service.store.ping()
-        return {"status": "ok"}
-    if method == "POST":
-        return _track(context, service, body)
-    raise MethodNotAllowedError(f"{method} is not served: POST tracks, GET tells the health")
-
-
 def _track(context: Context, service: Service, body: object) -> dict[str, Any]:
     report = Report()
     with report.timed("decode"):
@@ -136,16 +121,3 @@ def _track(context: Context, service: Service, body: object) -> dict[str, Any]:
     found = service.tracker.run(frame, request.items, report)
     context.logger.info_with("tracked", **vars(report))
     return format_tracker_answer(request, [(one.token, one.shape, one.lost) for one in found])
-
-
-def _cause(err: Exception) -> str | None:
-    """Return what a library said behind an error of ours: for the log, not for the caller."""
-    return None if err.__cause__ is None else repr(err.__cause__)
-
-
-def _json_response(body: dict[str, Any], status: int = 200) -> Response:
-    return Response(
-        body=json.dumps(body, separators=(",", ":")),
-        content_type="application/json",
-        status_code=status,
-    )

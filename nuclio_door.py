@@ -1,0 +1,75 @@
+"""Owns what all Nuclio doors do alike: stop with one line, answer, hide bugs; knows no SAM 2."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from nuclio_sdk import Context, Event, Response
+
+from errors import MethodNotAllowedError, SettingsError, StateStoreUnavailableError, TrackerError
+
+
+@contextmanager
+def one_line_on_failure(context: Context) -> Iterator[None]:
+    """Turn what must stop the start-up into one line of the log.
+
+    Raises:
+        SystemExit: A setting is wrong, weights are missing, or the store stays away.
+    """
+    try:
+        yield
+    except (SettingsError, StateStoreUnavailableError) as err:
+        context.logger.error_with("cannot start", reason=str(err), cause=_cause(err))
+        raise SystemExit(1) from None
+
+
+def answer(
+    context: Context,
+    event: Event,
+    *,
+    serve: Callable[[object], dict[str, Any]],
+    verb: str,
+    check_health: Callable[[], None] = lambda: None,
+) -> Response:
+    """Answer one event; no exception leaves.
+
+    Args:
+        context: Logs.
+        event: POST is served, GET tells the health.
+        serve: Turns the event's body into the answer's JSON.
+        verb: What POST does, for those who ask otherwise.
+        check_health: Returns if requests can be served.
+    """
+    method = (event.method or "POST").upper()
+    try:
+        if method == "GET":
+            check_health()
+            return _json_response({"status": "ok"})
+        if method == "POST":
+            return _json_response(serve(event.body))
+        raise MethodNotAllowedError(  # noqa: TRY301  # answered as all refusals are
+            f"{method} is not served: POST {verb}, GET tells the health"
+        )
+    except TrackerError as err:
+        context.logger.warn_with("refused", status=err.status, reason=str(err), cause=_cause(err))
+        return _json_response({"error": str(err)}, err.status)
+    except Exception:  # noqa: BLE001  # Nuclio would send the traceback to the caller
+        context.logger.error_with("failed", traceback=traceback.format_exc())
+        return _json_response({"error": "internal error; the function's log has the reason"}, 500)
+
+
+def _cause(err: Exception) -> str | None:
+    """Return what a library said behind an error of ours: for the log, not for the caller."""
+    return None if err.__cause__ is None else repr(err.__cause__)
+
+
+def _json_response(body: dict[str, Any], status: int = 200) -> Response:
+    return Response(
+        body=json.dumps(body, separators=(",", ":")),
+        content_type="application/json",
+        status_code=status,
+    )
