@@ -8,7 +8,6 @@ ellipses, and no scores.
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import math
 import time
@@ -71,10 +70,7 @@ class LocalEngine:
 
     def track(self, frame: Image.Image, items: Sequence[Start | Continue]) -> list[TrackedObject]:
         """See `Engine.track`."""
-        size_hw = (frame.height, frame.width)
-        pixels = hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest()
-        content = Frame(f"{size_hw} {pixels}", size_hw, lambda: frame)
-        return self._tracker.run(content, items, keep_masks=True)
+        return self._tracker.run(Frame.at_hand(frame), items, keep_masks=True)
 
 
 class RemoteEngine:

@@ -86,7 +86,7 @@ def parse_tracker_request(body: object, limits: Limits) -> TrackerRequest:
         place = f"shapes[{index}]" if state is None else f"states[{index}]"
         try:
             if state is None:
-                items.append(Start(_shape(shape, limits)))
+                items.append(Start(parse_shape(shape, limits)))
             else:
                 items.append(Continue(StateToken.parse(state)))
         except TrackerError as err:
@@ -141,7 +141,38 @@ def decode_image(data: bytes, limits: Limits) -> Image.Image:
         TooLargeError: Its header announces more pixels than allowed; nothing was decoded.
     """
     with _opened(data, limits) as image:
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return a frame as the annotator sees it: RGB, turned as its EXIF orientation says."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip instead of scale
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def parse_shape(value: object, limits: Limits) -> Shape:
+    """Read one shape, `{"type", "points"}` or a rectangle's bare points; its numbers come later.
+
+    Raises:
+        BadRequestError: It has no type this function knows, or no list of points.
+        TooLargeError: It has more points than allowed.
+    """
+    if isinstance(value, list):
+        value = {"type": "rectangle", "points": value}
+    if not isinstance(value, dict):
+        raise BadRequestError(f"a shape must be an object, not {type(value).__name__}")
+    name, points = value.get("type"), value.get("points")
+    if not isinstance(name, str) or name not in set(ShapeType):
+        raise BadRequestError(f"type must be one of {', '.join(ShapeType)}, not {name!r:.40}")
+    if not isinstance(points, list):
+        raise BadRequestError("points must be a flat list of numbers")
+    shape_type = ShapeType(name)
+    most = limits.mask_runs + 4 if shape_type is ShapeType.MASK else 2 * limits.polygon_points
+    if len(points) > most:
+        raise TooLargeError(f"{shape_type} has {len(points)} numbers: at most {most} are allowed")
+    return Shape(shape_type, points)
 
 
 @contextmanager
@@ -167,12 +198,6 @@ def _check_size(size: tuple[int, int], limits: Limits) -> None:
             f"image has {width} x {height} pixels: at most {limits.image_pixels} in all and "
             f"{limits.image_side} a side are allowed"
         )
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip instead of scale
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def _json_object(body: object, limits: Limits) -> dict[str, Any]:
@@ -211,20 +236,3 @@ def _image_bytes(fields: dict[str, Any], limits: Limits) -> bytes:
         return base64.b64decode(image, validate=True)
     except (binascii.Error, ValueError):
         raise BadRequestError("image is not base64") from None
-
-
-def _shape(value: object, limits: Limits) -> Shape:
-    if isinstance(value, list):
-        value = {"type": "rectangle", "points": value}
-    if not isinstance(value, dict):
-        raise BadRequestError(f"a shape must be an object, not {type(value).__name__}")
-    name, points = value.get("type"), value.get("points")
-    if not isinstance(name, str) or name not in set(ShapeType):
-        raise BadRequestError(f"type must be one of {', '.join(ShapeType)}, not {name!r:.40}")
-    if not isinstance(points, list):
-        raise BadRequestError("points must be a flat list of numbers")
-    shape_type = ShapeType(name)
-    most = limits.mask_runs + 4 if shape_type is ShapeType.MASK else 2 * limits.polygon_points
-    if len(points) > most:
-        raise TooLargeError(f"{shape_type} has {len(points)} numbers: at most {most} are allowed")
-    return Shape(shape_type, points)

@@ -109,7 +109,7 @@ class RedisStateStore:
         self._commands = partial(_commands, ttl_s=state_ttl_s, retry_s=retry_window_s)
 
     def ping(self) -> None:
-        with _translated_errors():
+        with translated_errors():
             self._client.ping()
 
     def load_states(self, tokens: Sequence[StateToken]) -> list[bytes | None]:
@@ -119,7 +119,7 @@ class RedisStateStore:
         return self._get([_memory_key(track, frame) for track, frame in keys])
 
     def claim(self, tokens: Sequence[StateToken]) -> list[bool]:
-        with _translated_errors():
+        with translated_errors():
             pipeline = self._client.pipeline(transaction=False)
             for token in tokens:
                 key = _next_key(token.track, token.step)
@@ -127,7 +127,7 @@ class RedisStateStore:
             return [bool(first) for first in pipeline.execute()]
 
     def save(self, writes: Sequence[StepWrite]) -> list[list[str]]:
-        with _translated_errors():
+        with translated_errors():
             pipeline = self._client.pipeline(transaction=False)
             for write in writes:
                 # One MULTI a track, all in one round trip: a step never appears without its
@@ -141,7 +141,7 @@ class RedisStateStore:
         return [_lost(write, replies) for write, replies in zip(writes, done, strict=True)]
 
     def restore(self, memories: Mapping[tuple[str, str], bytes]) -> None:
-        with _translated_errors():
+        with translated_errors():
             pipeline = self._client.pipeline(transaction=False)
             for (track, frame), data in memories.items():
                 pipeline.set(_memory_key(track, frame), data, ex=self._state_ttl_s)
@@ -153,7 +153,7 @@ class RedisStateStore:
     def _get(self, keys: list[str]) -> list[bytes | None]:
         if not keys:
             return []
-        with _translated_errors():
+        with translated_errors():
             pipeline = self._client.pipeline(transaction=False)
             for key in keys:  # not MGET: the keys of several tracks lie in several cluster slots
                 pipeline.get(key)
@@ -315,7 +315,8 @@ def _raise_first_error(replies: Sequence[Any]) -> None:
 
 
 @contextmanager
-def _translated_errors() -> Iterator[None]:
+def translated_errors() -> Iterator[None]:
+    """Raise StateStoreUnavailableError for whatever the Redis client raises inside."""
     try:
         yield
     except redis.RedisError as err:
