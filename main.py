@@ -11,14 +11,13 @@ import os
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
 
 import torch
 from nuclio_sdk import Context, Event, Response
 from PIL import Image
 
 from errors import SettingsError, StateStoreUnavailableError
-from nuclio_door import answer, one_line_on_failure
+from nuclio_door import answer, one_line_on_failure, to_json
 from protocol import decode_image, format_tracker_answer, parse_tracker_request, read_image_size
 from settings import Limits, Settings
 from state_store import StateStore, open_store
@@ -106,7 +105,7 @@ def _wait_for(store: StateStore) -> None:
             time.sleep(1)
 
 
-def _track(context: Context, service: Service, body: object) -> dict[str, Any]:
+def _track(context: Context, service: Service, body: object) -> str:
     report = Report()
     with report.timed("decode"):
         request = parse_tracker_request(body, service.limits)
@@ -120,4 +119,5 @@ def _track(context: Context, service: Service, body: object) -> dict[str, Any]:
     frame = Frame(key, size_hw, image)
     found = service.tracker.run(frame, request.items, report)
     context.logger.info_with("tracked", **vars(report))
-    return format_tracker_answer(request, [(one.token, one.shape, one.lost) for one in found])
+    answers = [(one.token, one.shape, one.lost) for one in found]
+    return to_json(format_tracker_answer(request, answers))

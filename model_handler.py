@@ -98,15 +98,15 @@ class ModelHandler:
         )
         self._mean = torch.tensor(IMAGE_MEAN)[:, None, None].to(self.device)
         self._std = torch.tensor(IMAGE_STD)[:, None, None].to(self.device)
-        with self._inference():
+        with inference(self.device):
             blank = torch.zeros(1, *self.memory_shape, dtype=self.dtype, device=self.device)
             position = model.memory_encoder.position_encoding(blank)
             self._memory_position: torch.Tensor = position.to(self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type the network computes in: bfloat16 on CUDA, as SAM 2's examples; float32 on CPU."""
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        """Type the network computes in, see `compute_dtype`."""
+        return compute_dtype(self.device)
 
     def encode_frame(self, key: str, image: Callable[[], Image.Image]) -> FrameFeatures:
         """Encode a frame, or return it as it was encoded for an earlier request.
@@ -184,23 +184,17 @@ class ModelHandler:
 
         Source: `SAM2VideoPredictor._get_orig_video_res_output`.
         """
-        with self._inference():
+        with inference(self.device):
             logits = functional.interpolate(
                 output.low_res_logits, frame.size_hw, mode="bilinear", align_corners=False
             )
             mask: Mask = (logits[0, 0] > 0).cpu().numpy()
         return mask
 
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        reduced = self.dtype != torch.float32
-        with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=reduced):
-            yield
-
     def _encode(self, image: Image.Image) -> FrameFeatures:
         """Source: `sam2/utils/misc.py`, `_load_img_as_tensor` and `load_video_frames`."""
         resized = np.asarray(image.resize((self.image_size, self.image_size))) / 255.0
-        with self._inference():
+        with inference(self.device):
             pixels = torch.from_numpy(resized).permute(2, 0, 1).float().to(self.device)
             pixels -= self._mean
             pixels /= self._std
@@ -219,7 +213,7 @@ class ModelHandler:
         mask_inputs: torch.Tensor | None,
         point_inputs: dict[str, torch.Tensor] | None,
     ) -> ObjectOutput:
-        with self._inference():
+        with inference(self.device):
             inputs = self._frame_inputs(frame, 1)
             out = self._model.track_step(
                 frame_idx=0,
@@ -256,7 +250,7 @@ class ModelHandler:
         memories: Mapping[str, torch.Tensor],
     ) -> list[ObjectOutput]:
         """Step objects of one layout in one forward pass, on the clock of the first."""
-        with self._inference():
+        with inference(self.device):
             first = states[0]
             entries = [state.conditioning + state.past for state in states]
             in_reach = len(first.conditioning) + max(0, len(first.past) - MEMORY_REACH)
@@ -304,6 +298,20 @@ class ModelHandler:
         }
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Return what SAM 2 computes in: bfloat16 on CUDA, as its own examples; float32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+@contextmanager
+def inference(device: torch.device) -> Iterator[None]:
+    """Compute without gradients, in the type for the device."""
+    dtype = compute_dtype(device)
+    reduced = dtype != torch.float32
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=reduced):
+        yield
+
+
 def fill_holes(logits: torch.Tensor, max_area: int) -> torch.Tensor:
     """Make small holes of a mask foreground.
 
@@ -318,13 +326,14 @@ def fill_holes(logits: torch.Tensor, max_area: int) -> torch.Tensor:
         return logits
     holes = np.zeros(logits.shape, dtype=np.bool_)
     for hole, background in zip(holes, (logits <= 0).cpu().numpy(), strict=True):
-        hole[0] = _small_regions(background[0], max_area)
+        hole[0] = small_regions(background[0], max_area)
     if not holes.any():
         return logits
     return torch.where(torch.from_numpy(holes).to(logits.device), 0.1, logits)
 
 
-def _small_regions(foreground: Mask, max_area: int) -> npt.NDArray[np.bool_]:
+def small_regions(foreground: Mask, max_area: int) -> npt.NDArray[np.bool_]:
+    """Mark the 8-connected regions of a mask `(h, w)` that have at most `max_area` pixels."""
     _, labels, stats, _ = cv2.connectedComponentsWithStats(
         foreground.view(np.uint8), connectivity=8
     )

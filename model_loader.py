@@ -44,18 +44,31 @@ def load_model(settings: Settings) -> ModelHandler:
         SettingsError: Files are missing, do not fit each other or cannot be downloaded, or the
             device is not there; the message says what to do.
     """
-    config_path, checkpoint_path = find_files(settings)
-    device = pick_device(settings.device)
-    model, fingerprint = build_predictor(config_path, checkpoint_path, settings.image_size)
+    model, fingerprint = load_predictor(settings)
     batch_objects = settings.batch_objects or (
-        CUDA_BATCH_OBJECTS if device.type == "cuda" else CPU_BATCH_OBJECTS
+        CUDA_BATCH_OBJECTS if model.device.type == "cuda" else CPU_BATCH_OBJECTS
     )
     return ModelHandler(
-        model.to(device).eval(),
+        model,
         fingerprint=fingerprint,
         batch_objects=batch_objects,
         feature_cache_frames=settings.feature_cache_frames,
     )
+
+
+def load_predictor(settings: Settings) -> tuple[SAM2VideoPredictor, str]:
+    """Load SAM 2's network itself, in evaluation mode, on the device that the settings name.
+
+    Returns:
+        The network, and the fingerprint of network, weights and input size.
+
+    Raises:
+        SettingsError: See `load_model`.
+    """
+    config_path, checkpoint_path = find_files(settings)
+    device = pick_device(settings.device)
+    model, fingerprint = build_predictor(config_path, checkpoint_path, settings.image_size)
+    return model.to(device).eval(), fingerprint
 
 
 def find_files(settings: Settings) -> tuple[Path, Path]:

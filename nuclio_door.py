@@ -31,7 +31,7 @@ def answer(
     context: Context,
     event: Event,
     *,
-    serve: Callable[[object], dict[str, Any]],
+    serve: Callable[[object], str],
     verb: str,
     check_health: Callable[[], None] = lambda: None,
 ) -> Response:
@@ -40,7 +40,7 @@ def answer(
     Args:
         context: Logs.
         event: POST is served, GET tells the health.
-        serve: Turns the event's body into the answer's JSON.
+        serve: Turns the event's body into the answer, as JSON text.
         verb: What POST does, for those who ask otherwise.
         check_health: Returns if requests can be served.
     """
@@ -48,18 +48,24 @@ def answer(
     try:
         if method == "GET":
             check_health()
-            return _json_response({"status": "ok"})
+            return _response(to_json({"status": "ok"}))
         if method == "POST":
-            return _json_response(serve(event.body))
+            return _response(serve(event.body))
         raise MethodNotAllowedError(  # noqa: TRY301  # answered as all refusals are
             f"{method} is not served: POST {verb}, GET tells the health"
         )
     except TrackerError as err:
         context.logger.warn_with("refused", status=err.status, reason=str(err), cause=_cause(err))
-        return _json_response({"error": str(err)}, err.status)
+        return _response(to_json({"error": str(err)}), err.status)
     except Exception:  # noqa: BLE001  # Nuclio would send the traceback to the caller
         context.logger.error_with("failed", traceback=traceback.format_exc())
-        return _json_response({"error": "internal error; the function's log has the reason"}, 500)
+        error = "internal error; the function's log has the reason"
+        return _response(to_json({"error": error}), 500)
+
+
+def to_json(body: dict[str, Any]) -> str:
+    """Return an answer as JSON text."""
+    return json.dumps(body, separators=(",", ":"))
 
 
 def _cause(err: Exception) -> str | None:
@@ -67,9 +73,5 @@ def _cause(err: Exception) -> str | None:
     return None if err.__cause__ is None else repr(err.__cause__)
 
 
-def _json_response(body: dict[str, Any], status: int = 200) -> Response:
-    return Response(
-        body=json.dumps(body, separators=(",", ":")),
-        content_type="application/json",
-        status_code=status,
-    )
+def _response(body: str, status: int = 200) -> Response:
+    return Response(body=body, content_type="application/json", status_code=status)

@@ -67,14 +67,14 @@ def parse_tracker_request(body: object, limits: Limits) -> TrackerRequest:
         BadRequestError: Something is missing or malformed; the message says where.
         TooLargeError: A limit is exceeded.
     """
-    fields = _json_object(body, limits)
-    shapes, states = _list(fields, "shapes"), _list(fields, "states")
+    fields = json_object(body, limits, "image, shapes and states")
+    shapes, states = list_field(fields, "shapes"), list_field(fields, "states")
     count = max(len(shapes), len(states))
     if count == 0:
         raise BadRequestError("nothing to track: shapes and states are both empty")
     if count > limits.objects:
         raise TooLargeError(f"{count} objects in one request: at most {limits.objects} are allowed")
-    image = _image_bytes(fields, limits)
+    image = image_bytes(fields, limits)
     items: list[Start | Continue] = []
     bare = []
     for index in range(count):
@@ -175,6 +175,66 @@ def parse_shape(value: object, limits: Limits) -> Shape:
     return Shape(shape_type, points)
 
 
+def json_object(body: object, limits: Limits, fields: str) -> dict[str, Any]:
+    """Return a request's body as a dict, whichever way Nuclio brought it.
+
+    Args:
+        body: A dict as Nuclio decodes it, or the bytes of the JSON under another content type.
+        limits: What one request may ask for.
+        fields: What it should hold, for the refusal.
+
+    Raises:
+        BadRequestError: It is not a JSON object.
+        TooLargeError: It has more bytes than allowed.
+    """
+    if isinstance(body, bytes | bytearray):
+        if len(body) > limits.body_bytes:
+            raise TooLargeError(
+                f"body has {len(body)} bytes: at most {limits.body_bytes} are allowed"
+            )
+        try:
+            body = json.loads(body)
+        except (ValueError, RecursionError):
+            raise BadRequestError("body is not JSON") from None
+    if not isinstance(body, dict):
+        raise BadRequestError(
+            f"body must be a JSON object with {fields}, not {type(body).__name__}"
+        )
+    return body
+
+
+def list_field(fields: dict[str, Any], name: str) -> list[Any]:
+    """Return a field that is a list, or missing or null, which count as empty.
+
+    Raises:
+        BadRequestError: It is something else.
+    """
+    value = fields.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise BadRequestError(f"{name} must be a list, not {type(value).__name__}")
+    return value
+
+
+def image_bytes(fields: dict[str, Any], limits: Limits) -> bytes:
+    """Return the frame's encoded bytes.
+
+    Raises:
+        BadRequestError: `image` is missing or not base64.
+        TooLargeError: It is longer than a body may be.
+    """
+    image = fields.get("image")
+    if not isinstance(image, str) or not image:
+        raise BadRequestError("image is missing: expected a base64 string")
+    if len(image) > limits.body_bytes:
+        raise TooLargeError(f"image has {len(image)} characters: at most {limits.body_bytes}")
+    try:
+        return base64.b64decode(image, validate=True)
+    except (binascii.Error, ValueError):
+        raise BadRequestError("image is not base64") from None
+
+
 @contextmanager
 def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
     """Open an image within the limits, and word what Pillow makes of a damaged one."""
@@ -198,41 +258,3 @@ def _check_size(size: tuple[int, int], limits: Limits) -> None:
             f"image has {width} x {height} pixels: at most {limits.image_pixels} in all and "
             f"{limits.image_side} a side are allowed"
         )
-
-
-def _json_object(body: object, limits: Limits) -> dict[str, Any]:
-    if isinstance(body, bytes | bytearray):
-        if len(body) > limits.body_bytes:
-            raise TooLargeError(
-                f"body has {len(body)} bytes: at most {limits.body_bytes} are allowed"
-            )
-        try:
-            body = json.loads(body)
-        except (ValueError, RecursionError):
-            raise BadRequestError("body is not JSON") from None
-    if not isinstance(body, dict):
-        raise BadRequestError(
-            f"body must be a JSON object with image, shapes and states, not {type(body).__name__}"
-        )
-    return body
-
-
-def _list(fields: dict[str, Any], name: str) -> list[Any]:
-    value = fields.get(name)
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise BadRequestError(f"{name} must be a list, not {type(value).__name__}")
-    return value
-
-
-def _image_bytes(fields: dict[str, Any], limits: Limits) -> bytes:
-    image = fields.get("image")
-    if not isinstance(image, str) or not image:
-        raise BadRequestError("image is missing: expected a base64 string")
-    if len(image) > limits.body_bytes:
-        raise TooLargeError(f"image has {len(image)} characters: at most {limits.body_bytes}")
-    try:
-        return base64.b64decode(image, validate=True)
-    except (binascii.Error, ValueError):
-        raise BadRequestError("image is not base64") from None
