@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TypeVar
 
 from errors import SettingsError
@@ -52,6 +53,31 @@ class Limits:
     mask_runs: int = 2_000_000
 
 
+class MaskForm(StrEnum):
+    """How the interactor answers `mask`: the whole frame, its box with `bounds`, or not at all."""
+
+    FULL = "full"
+    CROPPED = "cropped"
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class InteractorSettings:
+    """How the interactor reads prompts and answers.
+
+    Attributes:
+        extreme_points: Whether points that lie like extreme points mean a box.
+        hole_area: Largest hole to fill, in pixels of SAM 2's low-resolution mask.
+        island_area: Largest island to remove, likewise.
+        mask: The form of `mask` in the answer.
+    """
+
+    extreme_points: bool = True
+    hole_area: int = 8  # as SAM 2's video predictor; its image predictor leaves both to its user
+    island_area: int = 8
+    mask: MaskForm = MaskForm.FULL
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything the function can be told from outside.
@@ -88,6 +114,7 @@ class Settings:
     state_ttl_s: int = 8 * 3600  # CVAT's signature on a state lives as long
     retry_window_s: int = 600
     limits: Limits = field(default_factory=Limits)
+    interactor: InteractorSettings = field(default_factory=InteractorSettings)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
@@ -131,6 +158,7 @@ class Settings:
                 "SAM2_RETRY_WINDOW", min(cls.retry_window_s, state_ttl_s), 1, state_ttl_s
             ),
             limits=_limits(read),
+            interactor=_interactor(read),
         )
 
 
@@ -157,6 +185,16 @@ def _limits(read: _Reader) -> Limits:
         objects=read.integer("SAM2_MAX_OBJECTS", default.objects, 1, 10_000),
         polygon_points=read.integer("SAM2_MAX_POLYGON_POINTS", default.polygon_points, 3, 1 << 20),
         mask_runs=read.integer("SAM2_MAX_MASK_RUNS", default.mask_runs, 1, 1 << 26),
+    )
+
+
+def _interactor(read: _Reader) -> InteractorSettings:
+    default = InteractorSettings()
+    return InteractorSettings(
+        extreme_points=read.flag("SAM2_INTERACTOR_EXTREME_POINTS", default=default.extreme_points),
+        hole_area=read.integer("SAM2_INTERACTOR_HOLE_AREA", default.hole_area, 0, 1 << 20),
+        island_area=read.integer("SAM2_INTERACTOR_ISLAND_AREA", default.island_area, 0, 1 << 20),
+        mask=read.cast("SAM2_INTERACTOR_MASK", default.mask, MaskForm, ", ".join(MaskForm)),
     )
 
 

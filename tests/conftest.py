@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -124,16 +125,28 @@ def model_environment(checkpoint: Path) -> dict[str, str]:
 
 
 class Function:
-    """The function in this process, called as Nuclio calls it."""
+    """A function in this process, called as Nuclio calls it.
 
-    def __init__(self, context: Context) -> None:
-        self.context = context
+    Args:
+        door: The module that Nuclio would import.
+        environment: What it is started with; nothing else of ours is set.
+    """
+
+    def __init__(self, door: str, environment: dict[str, str]) -> None:
+        import local_server
+
+        self._door = importlib.import_module(door)
+        self.context: Context = local_server.create_context()
+        with pytest.MonkeyPatch.context() as patch:
+            for name in [name for name in os.environ if name.startswith(("SAM2_", "CVAT_"))]:
+                patch.delenv(name)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            self._door.init_context(self.context)
 
     def call(self, body: Any, method: str = "POST", **fields: Any) -> tuple[int, dict[str, Any]]:
         """Return the status and the decoded body of the answer."""
-        import main
-
-        response = main.handler(self.context, Event(body=body, method=method, **fields))
+        response = self._door.handler(self.context, Event(body=body, method=method, **fields))
         assert response.content_type == "application/json"
         return response.status_code, json.loads(response.body)
 
@@ -149,25 +162,15 @@ def start_function(
     model_environment: dict[str, str],
 ) -> Iterator[Callable[[dict[str, str]], Function]]:
     """Start the function in this process with the test model and further variables."""
-    contexts = []
+    started = []
 
     def start(environment: dict[str, str]) -> Function:
-        import local_server
-        import main
-
-        context = local_server.create_context()
-        with pytest.MonkeyPatch.context() as patch:
-            for name in [name for name in os.environ if name.startswith(("SAM2_", "CVAT_"))]:
-                patch.delenv(name)
-            for name, value in (model_environment | environment).items():
-                patch.setenv(name, value)
-            main.init_context(context)
-        contexts.append(context)
-        return Function(context)
+        started.append(Function("main", model_environment | environment))
+        return started[-1]
 
     yield start
-    for context in contexts:
-        context.user_data.service.store.close()
+    for function in started:
+        function.context.user_data.service.store.close()
 
 
 @pytest.fixture(scope="session")
@@ -176,3 +179,17 @@ def function(
 ) -> Function:
     """The function on the real Redis server."""
     return start_function(redis_server.environment)
+
+
+@pytest.fixture(scope="session")
+def start_interactor(
+    model_environment: dict[str, str],
+) -> Callable[[dict[str, str]], Function]:
+    """Start the interactor in this process with the test model and further variables."""
+    return lambda environment: Function("interactor_main", model_environment | environment)
+
+
+@pytest.fixture(scope="session")
+def interactor(start_interactor: Callable[[dict[str, str]], Function]) -> Function:
+    """The interactor as it comes."""
+    return start_interactor({})

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 import tempfile
 import time
@@ -19,8 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-import local_server
-import main as function
 from tests.clips import base64_text
 from tests.conftest import Function, RedisServer
 from tests.fidelity import equal_answers, follow
@@ -40,27 +37,27 @@ def main() -> None:
     all_equal = True
     with tempfile.TemporaryDirectory() as folder:
         server = RedisServer(Path(folder))
-        os.environ |= server.environment
         try:
             for image_size, count in SIZES:
                 for config in CONFIGS:
                     checkpoint = write_checkpoint(config, Path(folder, "weights.pt"))
-                    all_equal &= compare(config, checkpoint, image_size, frames[:count])
+                    environment = server.environment | {
+                        "SAM2_CONFIG": config,
+                        "SAM2_CHECKPOINT": str(checkpoint),
+                        "SAM2_IMAGE_SIZE": str(image_size),
+                        "SAM2_DEVICE": "cpu",
+                    }
+                    all_equal &= compare(environment, frames[:count])
         finally:
             server.stop()
     sys.exit(0 if all_equal else 1)
 
 
-def compare(config: str, checkpoint: Path, image_size: int, frames: list[bytes]) -> bool:
+def compare(environment: dict[str, str], frames: list[bytes]) -> bool:
     """Track all objects both ways and print how many masks are equal."""
-    os.environ |= {
-        "SAM2_CONFIG": config,
-        "SAM2_CHECKPOINT": str(checkpoint),
-        "SAM2_IMAGE_SIZE": str(image_size),
-        "SAM2_DEVICE": "cpu",
-    }
-    context = local_server.create_context()
-    function.init_context(context)
+    config, image_size = environment["SAM2_CONFIG"], int(environment["SAM2_IMAGE_SIZE"])
+    checkpoint = Path(environment["SAM2_CHECKPOINT"])
+    function = Function("main", environment)
     images = [base64_text(frame) for frame in frames]
     all_equal = True
     with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +65,7 @@ def compare(config: str, checkpoint: Path, image_size: int, frames: list[bytes])
         for backwards in (False, True):
             begin = time.monotonic()
             objects = objects_on(frames, backwards=backwards)
-            ours = follow(Function(context), images, objects, backwards=backwards)
+            ours = follow(function, images, objects, backwards=backwards)
             spent_s = time.monotonic() - begin
             direction = "backwards" if backwards else "forwards"
             for name, one, answers in zip(("mask", "later", "box"), objects, ours, strict=True):

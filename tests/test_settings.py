@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from errors import SettingsError
-from settings import Limits, RedisSettings, Secret, Settings
+from settings import InteractorSettings, Limits, MaskForm, RedisSettings, Secret, Settings
 
 HOST = {"CVAT_FUNCTIONS_REDIS_HOST": "redis"}
 
@@ -50,6 +50,11 @@ RIGHT = [
     ("SAM2_MAX_OBJECTS", "2", "limits.objects", 2),
     ("SAM2_MAX_POLYGON_POINTS", "10", "limits.polygon_points", 10),
     ("SAM2_MAX_MASK_RUNS", "10", "limits.mask_runs", 10),
+    ("SAM2_INTERACTOR_EXTREME_POINTS", "off", "interactor.extreme_points", False),
+    ("SAM2_INTERACTOR_HOLE_AREA", "0", "interactor.hole_area", 0),
+    ("SAM2_INTERACTOR_ISLAND_AREA", "20", "interactor.island_area", 20),
+    ("SAM2_INTERACTOR_MASK", "cropped", "interactor.mask", MaskForm.CROPPED),
+    ("SAM2_INTERACTOR_MASK", "none", "interactor.mask", MaskForm.NONE),
 ]
 
 # variable, values that are refused, what the refusal says is allowed
@@ -73,6 +78,10 @@ WRONG = [
     ("SAM2_MAX_OBJECTS", ["0", "10001"], "from 1 to 10000"),
     ("SAM2_MAX_POLYGON_POINTS", ["2", "x"], "from 3 to"),
     ("SAM2_MAX_MASK_RUNS", ["0", "x"], "from 1 to"),
+    ("SAM2_INTERACTOR_EXTREME_POINTS", ["4", "dextr"], "true, yes, on, 0, false, no or off"),
+    ("SAM2_INTERACTOR_HOLE_AREA", ["-1", "0.5", "big"], "from 0 to"),
+    ("SAM2_INTERACTOR_ISLAND_AREA", ["-1", "0.5", "big"], "from 0 to"),
+    ("SAM2_INTERACTOR_MASK", ["off", "FULL", "bounds"], "full, cropped, none"),
 ]
 
 
@@ -141,9 +150,14 @@ def test_wrong_value_is_refused_by_name(variable: str, value: str, allowed: str)
 def test_tables_name_every_setting() -> None:
     """A setting that is added has to be added to the tables above."""
     tested = {path.removesuffix(".value") for _, _, path, _ in RIGHT} | {"config", "checkpoint"}
-    every = {field.name for field in dataclasses.fields(Settings)} - {"redis", "limits"}
+    every = {field.name for field in dataclasses.fields(Settings)} - {
+        "redis",
+        "limits",
+        "interactor",
+    }
     every |= {f"redis.{field.name}" for field in dataclasses.fields(RedisSettings)}
     every |= {f"limits.{field.name}" for field in dataclasses.fields(Limits)}
+    every |= {f"interactor.{field.name}" for field in dataclasses.fields(InteractorSettings)}
 
     assert tested == every
 

@@ -1,0 +1,109 @@
+"""Nuclio's door to the interactor: start-up, one event in, one response out; no SAM 2 itself.
+
+`init_context` runs once per worker before it takes events, `handler` once per event. Nothing is
+kept that a restart or another replica would miss, so there is no store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+from nuclio_sdk import Context, Event, Response
+from PIL import Image
+
+from interactor_protocol import Prompt, format_interactor_answer, parse_interactor_request
+from model_handler import compute_dtype
+from model_loader import load_predictor
+from nuclio_door import answer, one_line_on_failure
+from protocol import decode_image
+from segmenter import Segmenter
+from settings import InteractorSettings, Limits, Settings
+
+
+@dataclass(frozen=True)
+class Service:
+    """What one worker holds between events."""
+
+    segmenter: Segmenter
+    limits: Limits
+    options: InteractorSettings
+
+
+def init_context(context: Context) -> None:
+    """Read the settings, load and warm the model; fill `context.user_data`.
+
+    Raises:
+        SystemExit: The function must not start; one line of the log says why.
+    """
+    with one_line_on_failure(context):
+        context.user_data.service = _start_up(context)
+
+
+def handler(context: Context, event: Event) -> Response:
+    """Answer one event; no exception leaves.
+
+    POST segments (PROTOCOL: CVAT's interactor call). GET tells that the model is loaded.
+    """
+    service: Service = context.user_data.service
+    return answer(
+        context, event, serve=lambda body: _segment(context, service, body), verb="segments"
+    )
+
+
+def _start_up(context: Context) -> Service:
+    settings = Settings.from_env(os.environ)
+    model, fingerprint = load_predictor(settings)
+    segmenter = Segmenter(
+        model,
+        frames_kept=settings.feature_cache_frames,
+        hole_area=settings.interactor.hole_area,
+        island_area=settings.interactor.island_area,
+    )
+    _warm_up(segmenter)
+    context.logger.info_with(
+        "ready",
+        model=fingerprint,
+        device=str(model.device),
+        dtype=str(compute_dtype(model.device)),
+        image_size=str(model.image_size),
+        config=settings.config or settings.model_id,
+        versions={name: version(name) for name in ("sam2", "torch")},
+        threads=torch.get_num_threads(),
+    )
+    return Service(segmenter, settings.limits, settings.interactor)
+
+
+def _warm_up(segmenter: Segmenter) -> None:
+    """Ask for a click and a box, so that the first annotator does not pay for them."""
+    blank = Image.new("RGB", (64, 64))
+    segmenter.segment("warm-up", lambda: blank, Prompt(positive=((32.0, 32.0),)))
+    segmenter.segment("warm-up", lambda: blank, Prompt(box=(16.0, 16.0, 48.0, 48.0)))
+
+
+def _segment(context: Context, service: Service, body: object) -> str:
+    begin = time.perf_counter()
+    request = parse_interactor_request(
+        body, service.limits, extreme_points=service.options.extreme_points
+    )
+    key = hashlib.blake2b(request.image, digest_size=16).hexdigest()
+    prompt = request.prompt
+    found = service.segmenter.segment(
+        key, lambda: decode_image(request.image, service.limits), prompt
+    )
+    text = format_interactor_answer(found.mask, found.confidence, service.options.mask)
+    context.logger.info_with(
+        "segmented",
+        positive=len(prompt.positive),
+        negative=len(prompt.negative),
+        box=prompt.box is not None,
+        encoded=found.encoded,
+        refined=found.refined,
+        confidence=round(found.confidence, 3),
+        ms=round((time.perf_counter() - begin) * 1000, 1),
+    )
+    return text

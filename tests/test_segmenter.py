@@ -1,0 +1,162 @@
+"""The interactor's model room by itself: tidying, what is kept, what is computed again."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sam2.sam2_video_predictor import SAM2VideoPredictor
+
+from interactor_protocol import Prompt
+from model_loader import load_predictor
+from segmenter import HINTS_KEPT, Segmenter
+from settings import Settings
+from tests.clips import SIZE_HW, jpeg_frames
+from tests.conftest import CONFIG, IMAGE_SIZE
+
+CLICK = Prompt(((60.0, 90.0),))
+TWO = Prompt(((60.0, 90.0), (50.0, 80.0)))
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> SAM2VideoPredictor:
+    """The test model."""
+    settings = Settings(
+        config=CONFIG, checkpoint=str(checkpoint), image_size=IMAGE_SIZE, device="cpu"
+    )
+    return load_predictor(settings)[0]
+
+
+def picture(index: int = 0) -> Image.Image:
+    """Return one frame of the test clip."""
+    return Image.open(io.BytesIO(jpeg_frames(index + 1)[index])).convert("RGB")
+
+
+def make(
+    model: SAM2VideoPredictor, *, frames_kept: int = 2, hole_area: int = 0, island_area: int = 0
+) -> Segmenter:
+    """Return a segmenter with nothing kept yet."""
+    return Segmenter(model, frames_kept=frames_kept, hole_area=hole_area, island_area=island_area)
+
+
+@pytest.fixture
+def encoded(model: SAM2VideoPredictor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Hear how often the image encoder runs."""
+    calls: list[int] = []
+    encode: Callable[[torch.Tensor], object] = model.forward_image
+
+    def heard(pixels: torch.Tensor) -> object:
+        calls.append(len(pixels))
+        return encode(pixels)
+
+    monkeypatch.setattr(model, "forward_image", heard)
+    return calls
+
+
+def test_second_click_costs_no_encoding(model: SAM2VideoPredictor, encoded: list[int]) -> None:
+    """Nor is the picture asked for."""
+    segmenter = make(model)
+
+    def unwanted() -> Image.Image:
+        raise AssertionError("decoded again")
+
+    first = segmenter.segment("a", picture, CLICK)
+    second = segmenter.segment("a", unwanted, TWO)
+
+    assert encoded == [1]
+    assert (first.encoded, second.encoded) == (True, False)
+    assert first.mask.shape == second.mask.shape == SIZE_HW
+
+
+def test_frames_used_last_are_kept(model: SAM2VideoPredictor, encoded: list[int]) -> None:
+    """The one not used for longest makes room."""
+    segmenter = make(model, frames_kept=2)
+    for key in ("a", "b", "a", "c", "a", "b"):
+        segmenter.segment(key, picture, CLICK)
+
+    assert len(encoded) == 4  # a, b, c, and b again
+
+
+def test_frames_do_not_share_hints(model: SAM2VideoPredictor) -> None:
+    """The same clicks on the next frame start afresh."""
+    segmenter = make(model)
+    segmenter.segment("a", picture, CLICK)
+
+    assert not segmenter.segment("b", lambda: picture(1), TWO).refined
+    assert segmenter.segment("a", picture, TWO).refined
+
+
+def test_longest_earlier_prompt_is_refined(model: SAM2VideoPredictor) -> None:
+    """Clicks that came faster than the answers are made up for."""
+    three = Prompt((*TWO.positive, (70.0, 95.0)), ((5.0, 5.0),))
+    seen, slow = make(model), make(model)
+    seen.segment("a", picture, CLICK)
+    seen.segment("a", picture, TWO)
+    slow.segment("a", picture, CLICK)
+    after_two = seen.segment("a", picture, three)
+    after_one = slow.segment("a", picture, three)
+    alone = make(model).segment("a", picture, three)
+
+    assert after_two.refined
+    assert after_one.refined
+    assert not alone.refined
+    masks = [one.mask.tobytes() for one in (after_two, after_one, alone)]
+    assert len(set(masks)) == 3
+
+
+def test_repeated_prompt_is_answered_alike(model: SAM2VideoPredictor) -> None:
+    """A lost answer, or an undone click."""
+    segmenter = make(model)
+    answers = [segmenter.segment("a", picture, one) for one in (CLICK, TWO, TWO, CLICK)]
+
+    assert np.array_equal(answers[1].mask, answers[2].mask)
+    assert np.array_equal(answers[0].mask, answers[3].mask)
+
+
+def test_hints_are_bounded(model: SAM2VideoPredictor) -> None:
+    """However much is clicked."""
+    segmenter = make(model)
+    for number in range(HINTS_KEPT + 5):
+        segmenter.segment("a", picture, Prompt(((float(number), 5.0),)))
+
+    assert len(segmenter._hints) == HINTS_KEPT
+
+
+def logits_of(*regions: tuple[slice, slice], size: int = 32) -> torch.Tensor:
+    """Return scores that are 1 in the regions and -1 elsewhere."""
+    logits = -torch.ones(1, 1, size, size)
+    for region in regions:
+        logits[0, 0][region] = 1.0
+    return logits
+
+
+def test_small_holes_and_islands_go(model: SAM2VideoPredictor) -> None:
+    """Up to the area, which counts in pixels of the low-resolution mask; larger ones stay."""
+    object_, island, larger = np.s_[4:20, 4:20], np.s_[25:27, 25:29], np.s_[28:31, 4:7]
+    logits = logits_of(object_, island, larger)
+    logits[0, 0, 8:10, 8:12] = -1.0  # a hole of eight
+    logits[0, 0, 14:17, 14:17] = -1.0  # a hole of nine
+    tidied = make(model, hole_area=8, island_area=8)._tidy(logits) > 0
+    expected = logits_of(object_, larger)
+    expected[0, 0, 14:17, 14:17] = -1.0
+
+    assert torch.equal(tidied, expected > 0)
+
+
+def test_object_that_is_one_small_island_stays(model: SAM2VideoPredictor) -> None:
+    """Somebody clicked it."""
+    logits = logits_of(np.s_[4:6, 4:6])
+
+    assert torch.equal(make(model, hole_area=8, island_area=8)._tidy(logits), logits)
+
+
+def test_areas_of_zero_leave_the_scores_alone(model: SAM2VideoPredictor) -> None:
+    """As SAM 2's image predictor by itself."""
+    logits = logits_of(np.s_[4:6, 4:6], np.s_[10:20, 10:20])
+
+    assert make(model)._tidy(logits) is logits
