@@ -17,7 +17,7 @@ setup: $(VENV)/.installed
 
 # torch and setuptools first: sam2 imports torch while it builds, and its isolated build would
 # download a second one.
-$(VENV)/.installed: requirements.txt requirements-torch.txt requirements-dev.txt
+$(VENV)/.installed: requirements.txt requirements-torch.txt requirements-task.txt requirements-dev.txt
 	test -x $(VENV)/bin/pip || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH_FLAGS) -r requirements-torch.txt
 	SAM2_BUILD_CUDA=0 $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -r requirements-dev.txt

@@ -49,7 +49,7 @@ class _Folder:
         images = [file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
         if not images:
             raise BadRequestError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        self._files: Sequence[Path] = sorted(images, key=_natural)
+        self._files: Sequence[Path] = sorted(images, key=lambda file: natural_order(file.name))
         self.frame_count = len(images)
         self.fps = DEFAULT_FPS
 
@@ -97,7 +97,7 @@ class _Video:
             capture.release()
 
 
-def _natural(file: Path) -> list[tuple[int, str]]:
-    """Sort frame10 behind frame9."""
-    parts = re.findall(r"\d+|\D+", file.name)
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts frame10 behind frame9."""
+    parts = re.findall(r"\d+|\D+", name)
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

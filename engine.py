@@ -11,7 +11,7 @@ import base64
 import io
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -48,6 +48,19 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let go of what it holds."""
+
+
+def open_engine(url: str | None, env: Mapping[str, str]) -> Engine:
+    """Return the engine that a command line asks for.
+
+    Args:
+        url: A running function, or None to track in this process.
+        env: Settings of the engine in this process, e.g. `os.environ`.
+
+    Raises:
+        SettingsError: See `Settings.from_env` and `model_loader.load_model`.
+    """
+    return RemoteEngine(url) if url else LocalEngine(Settings.from_env(env))
 
 
 class LocalEngine:

@@ -22,11 +22,10 @@ from tqdm import tqdm
 from clip_reader import Clip, open_clip
 from coco_tracks import CocoTracksWriter
 from cvat_xml import CvatXmlWriter, Prompt, read_cvat_xml
-from engine import Engine, LocalEngine, RemoteEngine
+from engine import Engine, open_engine
 from errors import BadRequestError, SettingsError, TrackerError
 from pictures import ContactSheet, OverlayWriter, draw_masks
 from protocol import Continue, Start
-from settings import Settings
 from shapes import Shape, ShapeType, SizeHW, shape_to_mask
 from state_token import StateToken
 from tracker import TrackedObject
@@ -194,10 +193,6 @@ def _range(
     return first, last
 
 
-def _engine(url: str | None) -> Engine:
-    return RemoteEngine(url) if url else LocalEngine(Settings.from_env(os.environ))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -216,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         clip = open_clip(options.clip)
         prompts = read_prompts(options.shapes)
-        with closing(_engine(options.url)) as engine:
+        with closing(open_engine(options.url, os.environ)) as engine:
             outcome = track_clip(
                 clip,
                 prompts,

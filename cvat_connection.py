@@ -1,0 +1,329 @@
+"""Owns talking to a CVAT server through `cvat-sdk`: jobs, chunks of frames, annotations, errors.
+
+Answers stay CVAT's own JSON: the SDK's models check every number one by one, and those of another
+CVAT version than the SDK's may not fit. Knows nothing about tracking.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import urllib3
+from cvat_sdk.core.auth import make_client_from_cli
+from cvat_sdk.core.client import Client
+from cvat_sdk.core.exceptions import CvatSdkException
+from cvat_sdk.exceptions import ApiException, OpenApiException
+
+from errors import BadRequestError, TrackerError
+from followed_objects import Label
+from keyframes import Json
+
+TIMEOUT_S = (10.0, 300.0)  # to connect; to wait for an answer, as a chunk may have to be made first
+# What may pass: too busy to make a chunk, restarting, behind a proxy that has lost it.
+PASSING = {429, 500, 502, 503, 504}
+RETRY_PAUSES_S = (1.0, 3.0, 9.0, 27.0)
+
+
+class CvatError(TrackerError):
+    """The server does not do what was asked; `exit_code` tells scripts why."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class LoginError(CvatError):
+    """The server does not take the credentials."""
+
+    exit_code = 3
+
+
+class NotThereError(CvatError):
+    """There is no such job or task, or it is not shown to this user."""
+
+    exit_code = 4
+
+
+class NoRightError(CvatError):
+    """This user may not do that."""
+
+    exit_code = 5
+
+
+class ServerAwayError(CvatError):
+    """The server cannot be reached, or fails."""
+
+    exit_code = 6
+
+
+class CertificateError(CvatError):
+    """The server's certificate is not trusted."""
+
+    exit_code = 7
+
+
+class RefusedError(CvatError):
+    """The server finds what was sent wrong."""
+
+    exit_code = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job and its frames.
+
+    Attributes:
+        id: The job's.
+        task_id: Its task's.
+        frames: Numbers of all its frames, ascending, as annotations count them; chunks hold the
+            frames in this order, `chunk_size` each.
+        deleted: Those an annotator has deleted.
+        honeypots: Those that show a frame of the validation set instead of their own.
+        sizes_hw: Height and width, of each frame or one for all.
+        chunk_size: Frames per chunk.
+        is_video: Whether chunks are MP4 instead of ZIP files with images.
+        tracks_allowed: Whether it takes tracks; jobs with honeypots do not.
+        labels: By id.
+    """
+
+    id: int
+    task_id: int
+    frames: tuple[int, ...]
+    deleted: frozenset[int]
+    honeypots: frozenset[int]
+    sizes_hw: tuple[tuple[int, int], ...]
+    chunk_size: int
+    is_video: bool
+    tracks_allowed: bool
+    labels: dict[int, Label]
+
+    @property
+    def usable(self) -> list[int]:
+        """Frames to track on, ascending."""
+        return [one for one in self.frames if one not in self.deleted | self.honeypots]
+
+    def size_hw(self, frame: int) -> tuple[int, int]:
+        """Return a frame's height and width."""
+        return self.sizes_hw[0 if len(self.sizes_hw) == 1 else frame - self.frames[0]]
+
+
+class CvatConnection:
+    """A CVAT server, logged in.
+
+    Args:
+        options: What `cvat_sdk.core.auth.configure_client_auth_arguments` reads from the command
+            line.
+
+    Raises:
+        CvatError: It cannot be reached or does not take the credentials.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        with _worded("log in"):
+            self._client: Client = make_client_from_cli(options)
+        self.url = str(self._client.api_client.configuration.host)
+        self._validation_modes: dict[int, str | None] = {}  # by task
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    def job(self, job_id: int) -> Job:
+        """Return a job.
+
+        Raises:
+            CvatError: There is none of this id, or it cannot be read.
+            BadRequestError: It has no two-dimensional frames.
+        """
+        job = self._json("GET", f"/api/jobs/{job_id}")
+        if job["dimension"] != "2d":
+            raise BadRequestError(f"job {job_id} is {job['dimension']}: only 2d is tracked")
+        meta = self._json("GET", f"/api/jobs/{job_id}/data/meta")
+        step = int(meta["frame_filter"].partition("step=")[2] or 1)
+        count = job["stop_frame"] - job["start_frame"] + 1
+        # The numbers of the file, of which a task with a frame step has every so many-th.
+        numbers = meta["included_frames"] or range(
+            meta["start_frame"], meta["start_frame"] + count * step, step
+        )
+        frames = [job["start_frame"] + (one - meta["start_frame"]) // step for one in numbers]
+        has_honeypots = self._validation_mode(job["task_id"]) == "gt_pool"
+        honeypots = (
+            self._json("GET", f"/api/jobs/{job_id}/validation_layout").get("honeypot_frames", [])
+            if has_honeypots
+            else []
+        )
+        return Job(
+            id=job_id,
+            task_id=job["task_id"],
+            frames=tuple(sorted(frames)),
+            deleted=frozenset(meta["deleted_frames"]),
+            honeypots=frozenset(honeypots),
+            sizes_hw=tuple((one["height"], one["width"]) for one in meta["frames"]),
+            chunk_size=meta["chunk_size"],
+            is_video=job["data_original_chunk_type"] == "video",
+            tracks_allowed=not has_honeypots,
+            labels={
+                label["id"]: Label(
+                    label["name"],
+                    frozenset(one["id"] for one in label["attributes"] if one["mutable"]),
+                )
+                for label in self._pages("/api/labels", job_id=job_id)
+            },
+        )
+
+    def task_jobs(self, task_id: int) -> list[int]:
+        """Return the ids of a task's annotation jobs, by their first frame.
+
+        Raises:
+            CvatError: There is no such task, or it cannot be read.
+        """
+        self._json("GET", f"/api/tasks/{task_id}")  # a list of no jobs would not say why
+        jobs = [
+            job for job in self._pages("/api/jobs", task_id=task_id) if job["type"] == "annotation"
+        ]
+        return [job["id"] for job in sorted(jobs, key=lambda job: int(job["start_frame"]))]
+
+    def chunk(self, job_id: int, index: int) -> bytes:
+        """Return the original-quality chunk of a job, counted from 0 in each job."""
+        query = {"type": "chunk", "quality": "original", "index": index}
+        return self._call("GET", f"/api/jobs/{job_id}/data", query)
+
+    def annotations(self, job_id: int) -> Json:
+        """Return all annotations of a job."""
+        return self._json("GET", f"/api/jobs/{job_id}/annotations")
+
+    def create(self, job_id: int, annotations: Json) -> Json:
+        """Add annotations, all or none, and return them with their ids.
+
+        It is not repeated when the server fails: it may have been done all the same.
+        """
+        path = f"/api/jobs/{job_id}/annotations"
+        body = self._call("PATCH", path, {"action": "create"}, annotations, repeat=False)
+        return _decoded(body, path)
+
+    def delete(self, job_id: int, annotations: Json) -> None:
+        """Delete annotations by their ids; what is gone already does not matter."""
+        path = f"/api/jobs/{job_id}/annotations"
+        self._call("PATCH", path, {"action": "delete"}, annotations)
+
+    def _validation_mode(self, task_id: int) -> str | None:
+        if task_id not in self._validation_modes:
+            try:
+                mode = self._json("GET", f"/api/tasks/{task_id}").get("validation_mode")
+            except (NoRightError, NotThereError):  # who annotates a job need not see its task
+                mode = None
+            self._validation_modes[task_id] = mode
+        return self._validation_modes[task_id]
+
+    def _json(self, method: str, path: str, query: dict[str, Any] | None = None) -> Json:
+        return _decoded(self._call(method, path, query or {}), path)
+
+    def _pages(self, path: str, **query: int) -> Iterator[Json]:
+        page = 1
+        while True:
+            answer = self._json("GET", path, {**query, "page": page})
+            yield from answer["results"]
+            if not answer["next"]:
+                return
+            page += 1
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        query: dict[str, Any],
+        body: Json | None = None,
+        *,
+        repeat: bool = True,
+    ) -> bytes:
+        for pause_s in (*(RETRY_PAUSES_S if repeat else ()), None):
+            try:
+                return self._call_once(method, path, query, body)
+            except ServerAwayError:
+                if pause_s is None:
+                    raise
+                time.sleep(pause_s)
+        raise AssertionError("unreachable")
+
+    def _call_once(self, method: str, path: str, query: dict[str, Any], body: Json | None) -> bytes:
+        with _worded(f"{method} {path}"):
+            _, response = self._client.api_client.call_api(
+                path,
+                method,
+                query_params=list(query.items()),
+                header_params={"Accept": "application/vnd.cvat+json, */*"},
+                body=body,
+                _parse_response=False,
+                _check_status=False,
+                _request_timeout=TIMEOUT_S,
+            )
+            data = bytes(response.data)
+        if not 200 <= response.status < 300:
+            raise _refusal(response.status, data, path)
+        return data
+
+
+def _decoded(body: bytes, path: str) -> Json:
+    try:
+        answer: Json = json.loads(body)
+    except ValueError as err:
+        raise ServerAwayError(f"{path}: the answer is not JSON: is this a CVAT server?") from err
+    return answer
+
+
+def _refusal(status: int, body: bytes, path: str) -> CvatError:
+    reason = body.decode(errors="replace").strip()[:300]
+    try:
+        answer = json.loads(body)
+        reason = str(answer.get("detail", answer) if isinstance(answer, dict) else answer)
+    except ValueError:
+        pass
+    reason = " ".join(reason.split()) or f"status {status}"
+    if status == 401:
+        return LoginError(f"the server does not let you in ({reason}): check user, password, token")
+    if status == 403:
+        return NoRightError(
+            f"{path}: you may not do this ({reason}): ask for the job to be assigned to you, or "
+            "name its organisation with --org"
+        )
+    if status == 404:
+        return NotThereError(
+            f"{path} is not there ({reason}): check the number, or name its organisation with --org"
+        )
+    if status in PASSING:
+        return ServerAwayError(
+            f"{path}: the server failed with {status} ({reason[:100]}): see its log, run this again"
+        )
+    return RefusedError(f"{path}: the server refused it with {status} ({reason})")
+
+
+@contextmanager
+def _worded(what: str) -> Iterator[None]:
+    """Translate the SDK's and its HTTP client's errors."""
+    try:
+        yield
+    except ApiException as err:
+        if err.status == 400 and what == "log in":
+            raise LoginError(
+                "the server does not let you in (wrong user or password): see --auth and --profile"
+            ) from err
+        raise _refusal(err.status or 0, str(err.body or err.reason).encode(), what) from err
+    except urllib3.exceptions.HTTPError as err:
+        cause = getattr(err, "reason", None) or err
+        if isinstance(cause, urllib3.exceptions.SSLError):
+            raise CertificateError(
+                f"the server's certificate is not trusted ({cause}): name its authority's file in "
+                "SSL_CERT_FILE, or switch the check off with --insecure"
+            ) from err
+        text = str(cause).rpartition(": ")[2]
+        raise ServerAwayError(
+            f"the server does not answer ({text}): check its address, run this again"
+        ) from err
+    except OpenApiException as err:
+        raise ServerAwayError(f"{what}: this is not how a CVAT server answers: {err}") from err
+    except CvatSdkException as err:
+        raise LoginError(str(err)) from err
