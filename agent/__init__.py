@@ -1,0 +1,1 @@
+"""The tracker as an auto-annotation function for cvat-cli's agents."""

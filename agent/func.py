@@ -1,0 +1,15 @@
+"""The file that cvat-cli is given; finds the project around it and knows nothing else.
+
+cvat-cli function create-native "SAM 2" --function-file agent/func.py
+cvat-cli function run-agent <id> --function-file agent/func.py -p device=str:cuda
+"""
+
+import sys
+from pathlib import Path
+
+# cvat-cli loads this file by its path; the project's modules lie in the folder above.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from agent.tracking_function import create
+
+__all__ = ["create"]
