@@ -19,7 +19,8 @@ usage() {
     cat <<END
 Usage: $(basename "$0") [options] [FOLDER]
 
-Deploys the function in FOLDER (default: the folder of this script) on $1, so that CVAT lists it.
+Deploys the function in FOLDER on $1, so that CVAT lists it. Default: the folder of this script,
+which is the tracker. The folder interactor beside it is the interactor; its image is the tracker's.
 
   --platform local|kube  where Nuclio runs (default local: Docker on this machine)
   --namespace NAME       Nuclio's namespace (default: nuctl's own; for CVAT's Docker setup that is right)
@@ -31,12 +32,12 @@ Deploys the function in FOLDER (default: the folder of this script) on $1, so th
   --image NAME           deploy this image, built before (docs/deployment.md), instead of building
   --build-only           build the function's image and start nothing, to carry it elsewhere
   --env NAME=VALUE       one more environment variable of the function; may be repeated
-  --no-self-test         do not ask the deployed function for a track
+  --no-self-test         do not ask the deployed function for a track or a mask
   --dry-run              print the commands instead of running them
   --help                 this text
 
 Environment: CVAT_FUNCTIONS_REDIS_HOST, _PORT, _USERNAME, _PASSWORD, _DB, _SSL, _SSL_CA_CERTS and
-_TIMEOUT are handed on when set. Without a host the local platform gets CVAT's own
+_TIMEOUT are handed on to the tracker when set. Without a host the local platform gets CVAT's own
 (cvat_redis_ondisk:6666). Set but empty, CVAT_FUNCTIONS_REDIS_HOST= keeps the tracks inside the
 function: one worker, one replica, lost when it restarts.
 
@@ -46,7 +47,7 @@ END
 }
 
 parse_arguments() { # parse_arguments <CPU or GPU> <script folder> <arguments...>
-    kind=$1 folder=$2
+    kind=$1 folder=$2 code=$2
     shift 2
     platform=local namespace='' project=cvat network=cvat_cvat
     registry=${NUCTL_REGISTRY:-} model=${SAM2_MODEL_ID:-} image=''
@@ -99,25 +100,35 @@ find_function() { # find_function <yaml name>
     [[ -f $folder/$1 ]] ||
         fail "$EXIT_USAGE" "$folder has no $1: give the folder of the function"
     folder=$(cd "$folder" && pwd)
+    # The interactor's folder holds its yaml only; the code is that beside this script.
+    [[ ! -f $folder/main.py ]] || code=$folder
     config=$1
     function_name=$(sed -n 's/^  name: *//p' "$folder/$config" | head -n 1)
     base_image=$(sed -n 's/^ *baseImage: *//p' "$folder/$config" | head -n 1)
     function_image=$(sed -n 's/^    image: *//p' "$folder/$config" | head -n 1)
     display_name=$(sed -n "s/^    name: *'\(.*\)'/\1/p" "$folder/$config" | head -n 1)
+    function_type=$(sed -n 's/^    type: *//p' "$folder/$config" | head -n 1)
+    case $function_type in
+        tracker) tab=Trackers ;;
+        interactor) tab=Interactors ;;
+        *) fail "$EXIT_USAGE" "$folder/$config is neither a tracker nor an interactor" ;;
+    esac
 }
 
 collect_env() {
     local name suffix
     function_env=()
     [[ $build_only == no ]] || return 0
-    if [[ -z ${CVAT_FUNCTIONS_REDIS_HOST+set} && $platform == local ]]; then
-        function_env+=(CVAT_FUNCTIONS_REDIS_HOST=cvat_redis_ondisk)
-        CVAT_FUNCTIONS_REDIS_PORT=${CVAT_FUNCTIONS_REDIS_PORT:-6666}
+    if [[ $function_type == tracker ]]; then # the interactor keeps nothing
+        if [[ -z ${CVAT_FUNCTIONS_REDIS_HOST+set} && $platform == local ]]; then
+            function_env+=(CVAT_FUNCTIONS_REDIS_HOST=cvat_redis_ondisk)
+            CVAT_FUNCTIONS_REDIS_PORT=${CVAT_FUNCTIONS_REDIS_PORT:-6666}
+        fi
+        for suffix in HOST PORT USERNAME PASSWORD DB SSL SSL_CA_CERTS TIMEOUT; do
+            name=CVAT_FUNCTIONS_REDIS_$suffix
+            [[ -z ${!name:-} ]] || function_env+=("$name=${!name}")
+        done
     fi
-    for suffix in HOST PORT USERNAME PASSWORD DB SSL SSL_CA_CERTS TIMEOUT; do
-        name=CVAT_FUNCTIONS_REDIS_$suffix
-        [[ -z ${!name:-} ]] || function_env+=("$name=${!name}")
-    done
     ((${#extra_env[@]} == 0)) || function_env+=("${extra_env[@]}")
     ((${#function_env[@]} == 0)) || [[ $platform == kube ]] || [[ ${function_env[*]} != *\'* ]] ||
         fail "$EXIT_USAGE" "a value for the function holds a single quote ('): nuctl hands it \
@@ -158,6 +169,16 @@ set_nuctl_options() {
     [[ -z $namespace ]] || nuctl_options+=(--namespace "$namespace")
 }
 
+preflight_cvat() { # what a deployment beside CVAT on this machine needs; adds to preflight's list
+    docker network inspect "$network" >/dev/null 2>&1 ||
+        missing+=("the Docker network $network is not there: start CVAT first, or name its network with --network")
+    [[ $kind == GPU ]] || return 0
+    # a runtime, devices that Docker discovered, or the hook that --gpus runs
+    [[ $(docker info --format '{{json .}}' 2>/dev/null) == *nvidia* ]] ||
+        command -v nvidia-container-runtime-hook >/dev/null ||
+        missing+=("Docker cannot hand out GPUs: install NVIDIA's container toolkit, run 'nvidia-ctk runtime configure' and restart Docker")
+}
+
 preflight() {
     local missing=() tool tools=(docker nuctl) client server
     [[ $self_test == no || $platform == kube ]] || tools+=(curl)
@@ -171,15 +192,10 @@ preflight() {
         :
     elif ! docker info >/dev/null 2>&1; then
         missing+=("the Docker daemon does not answer ('docker info' says why)")
-    elif [[ $platform == local && $build_only == no ]]; then
-        docker network inspect "$network" >/dev/null 2>&1 ||
-            missing+=("the Docker network $network is not there: start CVAT first, or name its network with --network")
-        if [[ $kind == GPU ]]; then
-            # a runtime, devices that Docker discovered, or the hook that --gpus runs
-            [[ $(docker info --format '{{json .}}' 2>/dev/null) == *nvidia* ]] ||
-                command -v nvidia-container-runtime-hook >/dev/null ||
-                missing+=("Docker cannot hand out GPUs: install NVIDIA's container toolkit, run 'nvidia-ctk runtime configure' and restart Docker")
-        fi
+    else
+        ! builds_on_the_trackers_image || docker image inspect "$base_image" >/dev/null 2>&1 ||
+            missing+=("the image $base_image is not there: deploy the tracker first, or only build its image: $(basename "$0") --build-only")
+        [[ $platform == kube || $build_only == yes ]] || preflight_cvat
     fi
     if ((${#missing[@]})); then
         complain "Cannot deploy:"
@@ -198,6 +214,10 @@ preflight() {
     fi
 }
 
+builds_on_the_trackers_image() { # on a CPU the tracker's base image is built, on a GPU it must be there
+    [[ $kind == GPU && $function_type == interactor && -z $image ]]
+}
+
 stage_function() {
     # nuctl copies the whole folder into the image and stumbles over links to folders, such as those
     # in a virtual environment: it gets a copy of what the function is made of, readable to all.
@@ -207,9 +227,11 @@ stage_function() {
     trap "rm -rf -- '$work'" EXIT
     stage=$work/function
     mkdir "$stage"
-    cp -- "$folder"/*.py "$folder"/requirements*.txt "$folder/$config" "$stage/"
-    [[ ! -d $folder/weights ]] || cp -R -- "$folder/weights" "$stage/weights"
-    if [[ -n $model && $kind == GPU ]]; then
+    cp -- "$code"/*.py "$code"/requirements*.txt "$folder/$config" "$stage/"
+    [[ ! -d $code/weights ]] || cp -R -- "$code/weights" "$stage/weights"
+    if [[ -n $model ]] && builds_on_the_trackers_image; then
+        complain "Note: the interactor has the model that was baked into $base_image; $model is not built in."
+    elif [[ -n $model && $kind == GPU ]]; then
         sed -i.bak "s|\(value: SAM2_MODEL_ID=\)[A-Za-z0-9._/-]*$|\1$model|" "$stage/$config"
     fi
     if [[ -n $image ]]; then
@@ -220,7 +242,7 @@ stage_function() {
     chmod -R a+rX -- "$work"
     cd "$work" || exit # nuctl writes temporary files into the folder it is started in
     [[ $dry_run == no ]] ||
-        say "# $stage: a copy of *.py, requirements*.txt, $config and weights/ of $folder"
+        say "# $stage: a copy of *.py, requirements*.txt and weights/ of $code and of $folder/$config"
 }
 
 build_base_image() {
@@ -231,7 +253,7 @@ build_base_image() {
         [[ -z ${!name:-} ]] || arguments+=(--build-arg "$name")
     done
     export DOCKER_BUILDKIT=1
-    run docker build "${arguments[@]}" "$folder" ||
+    run docker build "${arguments[@]}" "$code" ||
         fail "$EXIT_FAILED" "The base image was not built; nothing was deployed."
 }
 
@@ -281,9 +303,22 @@ ask() { # ask <path> [<JSON body>]: the function's answer
 }
 
 test_function() {
-    local answer states
     ask /healthz >/dev/null ||
         fail "$EXIT_SELF_TEST" "The function was deployed but is not healthy. Its log: $log_command"
+    "test_$function_type"
+}
+
+test_interactor() {
+    local answer
+    answer=$(ask / "{\"image\": \"$TEST_IMAGE\", \"pos_points\": [[32, 32]], \"neg_points\": [], \"obj_bbox\": []}") ||
+        fail "$EXIT_SELF_TEST" "The function is healthy but does not answer a click. Its log: $log_command"
+    [[ $answer == *'"shapes"'* ]] ||
+        fail "$EXIT_SELF_TEST" "The function answered a click with no shape. Its log: $log_command"
+    say "Self-test passed: the function is healthy and answers a click."
+}
+
+test_tracker() {
+    local answer states
     answer=$(ask / "{\"image\": \"$TEST_IMAGE\", \"shapes\": [{\"type\": \"rectangle\", \"points\": [16, 16, 48, 48]}], \"states\": []}") ||
         fail "$EXIT_SELF_TEST" "The function is healthy but does not start a track. Its log: $log_command"
     # the list of states as it stands: what CVAT sends back
@@ -309,7 +344,7 @@ report() {
         [[ -n $port ]] || reasons+=("it has no port")
     fi
     [[ $status == *'"nuclio.io/project-name":"cvat"'* ]] || reasons+=("its project is not cvat")
-    [[ $status == *'"type":"tracker"'* ]] || reasons+=("its annotation type is not tracker")
+    [[ $status == *"\"type\":\"$function_type\""* ]] || reasons+=("its annotation type is not $function_type")
     [[ $status == *'"state":"ready"'* ]] || reasons+=("its state is not ready")
     if [[ $self_test == no ]]; then
         :
@@ -325,7 +360,7 @@ report() {
         printf -v joined '%s; ' "${reasons[@]}"
         fail "$EXIT_SELF_TEST" "CVAT will not list it: ${joined%; }."
     fi
-    say "CVAT will list it: AI Tools, Trackers, $display_name (reload the page)."
+    say "CVAT will list it: AI Tools, $tab, $display_name (reload the page)."
 }
 
 deploy() { # deploy <CPU or GPU> <yaml name> <script folder> <arguments...>

@@ -16,6 +16,7 @@ import yaml
 
 REPOSITORY = Path(__file__).parent.parent
 NAME = "pth-facebookresearch-sam2-tracker"
+INTERACTOR = REPOSITORY / "interactor"
 BASE_IMAGE = "cvat.pytorch.facebookresearch.sam2_tracker.base"
 NETWORK = '{"attributes": {"network": "cvat_cvat"}}'
 STAGED = "<staged>"
@@ -33,7 +34,7 @@ Answer = tuple[str, list[str], str, int]
 
 
 def function_status(**changes: str) -> str:
-    """Return what `nuctl get function --output json` says of a function that is well."""
+    """Return what `nuctl get function --output json` says of a tracker that is well, or not."""
     fields = {"project": "cvat", "namespace": "nuclio", "type": "tracker", "state": "ready"}
     fields |= changes
     status = {
@@ -247,15 +248,173 @@ def test_scripts_deploy_their_own_folder_inside_a_cvat_checkout(machine: Machine
     assert outcome.of("docker", "build") == [cvats_docker_build(folder / "function.yaml")]
 
 
-def test_cvats_own_scripts_find_one_function_and_make_the_tag_it_names() -> None:
-    """CVAT deploys every function.yaml below the folder: there must be no second one."""
-    for name in ("function.yaml", "function-gpu.yaml"):
-        assert [path for path in repository_files() if path.name == name] == [REPOSITORY / name]
+@pytest.mark.parametrize("name", ["function.yaml", "function-gpu.yaml"])
+def test_cvats_own_scripts_deploy_the_tracker_and_then_the_interactor(
+    name: str, tmp_path: Path
+) -> None:
+    """They deploy every such file below the folder, in the order in which bash lists them."""
+    copied = tmp_path / "nuclio"
+    for path in repository_files():
+        if path.name == name:
+            (copied / path.relative_to(REPOSITORY)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copied / path.relative_to(REPOSITORY))
+    listing = subprocess.run(
+        ["bash", "-O", "globstar", "-c", f'printf "%s\\n" "$0"/**/{name}', copied],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert listing.stdout.splitlines() == [
+        str(copied / name),
+        str(copied / "interactor" / name),
+    ]
+    assert not (INTERACTOR / "Dockerfile").exists()  # they would build it without the code
+
+
+@pytest.mark.parametrize("folder", [REPOSITORY, INTERACTOR])
+def test_base_image_has_the_tag_that_cvats_own_script_gives(folder: Path) -> None:
+    """Its name is made of the tracker's path in a checkout of CVAT."""
     checkout = Path("/cvat/serverless/pytorch/facebookresearch/sam2_tracker/nuclio/function.yaml")
 
-    assert f"baseImage: {cvats_docker_build(checkout)[3]}" in (
-        (REPOSITORY / "function.yaml").read_text()
+    assert f"baseImage: {cvats_docker_build(checkout)[3]}" in (folder / "function.yaml").read_text()
+
+
+def interactor_answers(**changes: str) -> list[Answer]:
+    """Return what differs on a machine on which the interactor is deployed."""
+    answer = '{"mask":[[0,1]],"shapes":[{"type":"mask","points":[0,1,1,0,1,0]}]}'
+    return [
+        ("nuctl", ["get", "function"], function_status(**{"type": "interactor"} | changes), 0),
+        ("curl", ["http://127.0.0.1:49153/"], answer, 0),
+    ]
+
+
+def test_interactor_is_deployed_from_the_same_checkout(machine: Machine) -> None:
+    """Its yaml, the code beside the script, the tracker's base image, and no store."""
+    outcome = machine.run("deploy_cpu.sh", INTERACTOR, answers=interactor_answers())
+
+    assert outcome.status == 0, outcome.text
+    assert outcome.of("docker", "build") == [
+        ["docker", "build", "--tag", BASE_IMAGE, str(REPOSITORY)]
+    ]
+    assert outcome.of("nuctl", "deploy") == [
+        nuctl_deploy("function.yaml", "--platform-config", NETWORK)
+    ]
+    staged = machine.folder / "staged"
+    assert (staged / "function.yaml").read_text() == (INTERACTOR / "function.yaml").read_text()
+    assert (staged / "interactor_main.py").exists()
+    assert (staged / "weights" / "micro" / "config.yaml").exists()
+    assert "CVAT will list it: AI Tools, Interactors, Segment Anything 2: Interactor" in (
+        outcome.text
     )
+
+
+def test_interactor_on_a_gpu_takes_the_trackers_image(machine: Machine) -> None:
+    """Nothing of it is built from the start; it has the model that the tracker has."""
+    outcome = machine.run(
+        "deploy_gpu.sh", INTERACTOR, "--model", "facebook/other", answers=interactor_answers()
+    )
+
+    assert outcome.status == 0, outcome.text
+    assert outcome.of("docker", "image") == [
+        ["docker", "image", "inspect", "cvat.pth.facebookresearch.sam2_tracker:latest-gpu"]
+    ]
+    assert outcome.of("docker", "build") == []
+    assert outcome.of("nuctl", "deploy") == [
+        nuctl_deploy("function-gpu.yaml", "--platform-config", NETWORK)
+    ]
+    assert "facebook/other is not built in" in outcome.text
+
+
+def test_interactor_without_the_trackers_image_is_told_so(machine: Machine) -> None:
+    """Docker would look for it on the internet."""
+    outcome = machine.run("deploy_gpu.sh", INTERACTOR, answers=[("docker", ["image"], "", 1)])
+
+    assert outcome.status == EXIT_MISSING
+    assert "sam2_tracker:latest-gpu is not there: deploy the tracker first" in outcome.text
+    assert outcome.of("nuctl", "deploy") == []
+
+
+@pytest.mark.parametrize("script", ["deploy_cpu.sh", "deploy_gpu.sh"])
+def test_interactor_runs_in_an_image_of_the_tracker(machine: Machine, script: str) -> None:
+    """One image to carry to a site without internet: the handler is not in it."""
+    outcome = machine.run(
+        script, INTERACTOR, "--image", "lab/sam2-tracker:1",
+        answers=[*interactor_answers(), ("docker", ["image"], "", 1)],
+    )  # fmt: skip
+
+    assert outcome.status == 0, outcome.text
+    (call,) = outcome.of("nuctl", "deploy")
+    name = Path(call[call.index("--file") + 1]).name
+    staged = yaml.safe_load((machine.folder / "staged" / name).read_text())
+    original = yaml.safe_load((INTERACTOR / name).read_text())
+    original["spec"].pop("build")
+    assert call[call.index("--run-image") + 1] == "lab/sam2-tracker:1"
+    assert staged == original
+    assert staged["spec"]["handler"] == "interactor_main:handler"
+
+
+def test_interactor_inside_a_cvat_checkout_is_deployed_with_the_code_around_it(
+    machine: Machine,
+) -> None:
+    """The folders are copied as they are."""
+    serverless = machine.folder / "cvat" / "serverless"
+    folder = copy_function(
+        serverless / "pytorch" / "facebookresearch" / "sam2_tracker" / "nuclio", scripts=True
+    )
+    shutil.copytree(INTERACTOR, folder / "interactor")
+
+    outcome = machine.run(
+        folder / "deploy_cpu.sh", folder / "interactor", answers=interactor_answers()
+    )
+
+    assert outcome.status == 0, outcome.text
+    assert outcome.of("docker", "build") == [cvats_docker_build(folder / "function.yaml")]
+
+
+def test_self_test_of_the_interactor_asks_for_a_click(machine: Machine) -> None:
+    """Health, then a click on the bright square, as CVAT sends it."""
+    outcome = machine.run("deploy_cpu.sh", INTERACTOR, answers=interactor_answers())
+
+    health, click = outcome.of("curl")
+    body = json.loads(click[click.index("--data") + 1])
+    assert health[-1] == "http://127.0.0.1:49153/healthz"
+    assert body.pop("image")
+    assert body == {"pos_points": [[32, 32]], "neg_points": [], "obj_bbox": []}
+    assert "Self-test passed: the function is healthy and answers a click" in outcome.text
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (("curl", ["http://127.0.0.1:49153/"], "", 22), "does not answer a click"),
+        (("curl", ["http://127.0.0.1:49153/"], "{}", 0), "answered a click with no shape"),
+        (
+            ("nuctl", ["get", "function"], function_status(), 0),
+            "CVAT will not list it: its annotation type is not interactor",
+        ),
+    ],
+)
+def test_interactor_that_does_not_answer_fails_the_self_test(
+    machine: Machine, answer: Answer, message: str
+) -> None:
+    """The message says which step failed."""
+    outcome = machine.run("deploy_cpu.sh", INTERACTOR, answers=[answer, *interactor_answers()])
+
+    assert outcome.status == EXIT_SELF_TEST
+    assert message in outcome.text
+
+
+def test_folder_of_another_function_is_refused(machine: Machine) -> None:
+    """Neither its base image nor its self-test would be known."""
+    folder = copy_function(machine.folder / "function")
+    config = folder / "function.yaml"
+    config.write_text(config.read_text().replace("type: tracker", "type: detector"))
+
+    outcome = machine.run("deploy_cpu.sh", folder)
+
+    assert (outcome.status, outcome.calls) == (EXIT_USAGE, [])
+    assert "neither a tracker nor an interactor" in outcome.text
 
 
 def test_nuctl_gets_a_copy_of_what_the_function_is_made_of(machine: Machine) -> None:
@@ -280,7 +439,7 @@ def test_nuctl_gets_a_copy_of_what_the_function_is_made_of(machine: Machine) -> 
 def test_copy_and_image_hold_every_module_that_the_doors_import() -> None:
     """Modules are flat: what main.py and local_server.py import lies beside them as a file."""
     seen: set[str] = set()
-    todo = ["main", "local_server", "download_weights"]
+    todo = ["main", "interactor_main", "local_server", "download_weights"]
     while todo:
         name = todo.pop()
         if name in seen or not (REPOSITORY / f"{name}.py").exists():

@@ -16,7 +16,13 @@ REPOSITORY = Path(__file__).parent.parent
 CPU = REPOSITORY / "function.yaml"
 GPU = REPOSITORY / "function-gpu.yaml"
 KUBERNETES = REPOSITORY / "deploy" / "kubernetes" / "tracker.yaml"
-CONFIGS = [CPU, GPU, KUBERNETES]
+INTERACTOR_CPU = REPOSITORY / "interactor" / "function.yaml"
+INTERACTOR_GPU = REPOSITORY / "interactor" / "function-gpu.yaml"
+INTERACTOR_KUBERNETES = REPOSITORY / "deploy" / "kubernetes" / "interactor.yaml"
+TRACKERS = [CPU, GPU, KUBERNETES]
+INTERACTORS = [INTERACTOR_CPU, INTERACTOR_GPU, INTERACTOR_KUBERNETES]
+CONFIGS = [*TRACKERS, *INTERACTORS]
+ON_DOCKER = [CPU, GPU, INTERACTOR_CPU, INTERACTOR_GPU]
 DOCKERFILE = REPOSITORY / "Dockerfile"
 
 # Fields and types of Nuclio's function configuration: a dict names all its fields, `{...: type}`
@@ -135,6 +141,11 @@ CONFIG = {
 }
 
 
+def name_of(path: Path) -> str:
+    """Return a configuration's path within the repository."""
+    return str(path.relative_to(REPOSITORY))
+
+
 def complaints(value: Any, schema: Any, place: str = "") -> list[str]:
     """Return where a value differs from a schema of fields and types."""
     if isinstance(schema, dict):
@@ -182,7 +193,7 @@ def directives(path: Path, when: str, kind: str) -> list[str]:
     return [one["value"] for one in found if one["kind"] == kind]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_every_field_is_one_that_nuclio_knows(path: Path) -> None:
     """Nuclio ignores unknown fields without a word, so a slip of the pen would stay unseen."""
     assert complaints(read(path), CONFIG) == []
@@ -203,7 +214,7 @@ def test_schema_finds_unknown_fields_and_wrong_types() -> None:
     ]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", TRACKERS, ids=name_of)
 def test_cvat_reads_a_tracker_for_four_shape_types(path: Path) -> None:
     """The rules of CVAT's server (cvat/apps/lambda_manager), done again."""
     metadata = read(path)["metadata"]
@@ -225,10 +236,58 @@ def test_cvat_reads_a_tracker_for_four_shape_types(path: Path) -> None:
     assert read(path)["spec"]["description"]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", INTERACTORS, ids=name_of)
+def test_cvat_reads_an_interactor_that_takes_a_box_or_points(path: Path) -> None:
+    """The same rules; a box alone is sent only where no point is asked for."""
+    metadata = read(path)["metadata"]
+    annotations = metadata["annotations"]
+
+    assert metadata["name"] == "pth-facebookresearch-sam2-interactor"
+    assert metadata["labels"]["nuclio.io/project-name"] == "cvat"
+    assert annotations["name"] == "Segment Anything 2: Interactor"
+    assert annotations["type"] == "interactor"
+    assert json.loads(annotations.get("spec") or "[]") == []
+    assert int(annotations["version"]) == 2  # below there is no Interact button
+    assert int(annotations["min_pos_points"]) == 0
+    assert int(annotations["min_neg_points"]) == 0
+    assert bool(annotations["startswith_box_optional"])
+    assert "startswith_box" not in annotations  # the text false would count as true
+    assert "supported_shape_types" not in annotations
+    assert {"left clicks", "right clicks", "box"} <= set(
+        re.findall("left clicks|right clicks|box", annotations["help_message"])
+    )
+    assert read(path)["spec"]["description"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_handler_is_there(path: Path) -> None:
+    """Nuclio imports the module and calls both of its functions."""
+    module, _, handler = read(path)["spec"]["handler"].partition(":")
+    source = (REPOSITORY / f"{module}.py").read_text()
+
+    assert f"def {handler}(context" in source
+    assert "def init_context(context" in source
+
+
+def test_interactor_is_built_on_the_trackers_images() -> None:
+    """Code and weights come with them: its folder holds nothing but its two files."""
+    folder = INTERACTOR_CPU.parent
+    build = read(INTERACTOR_CPU)["spec"]["build"]
+    gpu_build = read(INTERACTOR_GPU)["spec"]["build"]
+    images = {read(path)["spec"]["build"]["image"] for path in ON_DOCKER}
+
+    assert build["baseImage"] == read(CPU)["spec"]["build"]["baseImage"]
+    assert gpu_build["baseImage"] == read(GPU)["spec"]["build"]["image"]
+    assert build["directives"] == gpu_build["directives"]
+    assert build["directives"] == read(CPU)["spec"]["build"]["directives"]
+    assert len(images) == len(ON_DOCKER)
+    assert set(folder.iterdir()) == {INTERACTOR_CPU, INTERACTOR_GPU}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_all_configurations_describe_the_same_function(path: Path) -> None:
     """The yaml files differ in where the function runs, not in what it is."""
-    reference = read(CPU)
+    reference = read(CPU if path in TRACKERS else INTERACTOR_CPU)
 
     config = read(path)
 
@@ -240,7 +299,7 @@ def test_all_configurations_describe_the_same_function(path: Path) -> None:
     assert ours == trigger(CPU)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_limits_of_nuclio_fit_those_of_the_function_and_of_cvat(path: Path) -> None:
     """CVAT waits 120 s: a call queues for less, and is not killed before."""
     cvat_timeout_s = 120
@@ -255,7 +314,7 @@ def test_limits_of_nuclio_fit_those_of_the_function_and_of_cvat(path: Path) -> N
     assert spec["readinessTimeoutSeconds"] >= 300
 
 
-@pytest.mark.parametrize("path", [CPU, GPU], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", ON_DOCKER, ids=name_of)
 def test_docker_brings_a_dead_function_back(path: Path) -> None:
     """A worker that ends takes the processor down with it."""
     attributes = read(path)["spec"]["platform"]["attributes"]
@@ -263,7 +322,7 @@ def test_docker_brings_a_dead_function_back(path: Path) -> None:
     assert attributes["restartPolicy"]["name"] == "always"
 
 
-@pytest.mark.parametrize("path", [CPU, GPU], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", ON_DOCKER, ids=name_of)
 def test_store_is_left_to_the_command_line(path: Path) -> None:
     """A host in the yaml would win or clash where scripts give theirs with --env."""
     assert "env" not in read(path)["spec"]
@@ -272,23 +331,33 @@ def test_store_is_left_to_the_command_line(path: Path) -> None:
 
 def test_gpu_is_asked_for_where_it_is_needed() -> None:
     """Docker and Kubernetes hand a GPU to a container that has this limit, and to no other."""
-    assert read(GPU)["spec"]["resources"]["limits"]["nvidia.com/gpu"] == 1
-    assert read(KUBERNETES)["spec"]["resources"]["limits"]["nvidia.com/gpu"] == 1
-    assert "nvidia.com/gpu" not in read(CPU)["spec"]["resources"]["limits"]
+    for path in CONFIGS:
+        asked = read(path)["spec"]["resources"]["limits"].get("nvidia.com/gpu", 0)
+        assert asked == (path not in {CPU, INTERACTOR_CPU})
     (environment, start) = directives(GPU, "preCopy", "ENV")
     assert "NVIDIA_VISIBLE_DEVICES=all" in environment.split()
     assert "SAM2_DEVICE=cuda" in start.split()
 
 
-@pytest.mark.parametrize("path", [CPU, GPU], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", ON_DOCKER, ids=name_of)
 def test_image_is_built_as_root_and_runs_as_somebody_else(path: Path) -> None:
     """Nuclio installs its wheels before our last directives; a number satisfies Kubernetes."""
     found = read(path)["spec"]["build"]["directives"]
 
     assert found["postCopy"][-1] == {"kind": "USER", "value": "1000:1000"}
     assert found["postCopy"][-2]["value"] == "chmod -R a+rX /opt/nuclio"
-    if path == CPU:
+    if path != GPU:
         assert found["preCopy"] == [{"kind": "USER", "value": "root"}]
+
+
+def test_kubernetes_overlays_differ_in_what_the_store_needs() -> None:
+    """Nodes, users and sizes of one cluster are those of the other function too."""
+    tracker, interactor = read(KUBERNETES)["spec"], read(INTERACTOR_KUBERNETES)["spec"]
+    differing = {"description", "handler", "env", "volumes", "minReplicas", "maxReplicas"}
+
+    assert "build" not in interactor
+    assert not interactor.keys() & {"env", "volumes"}
+    assert {name for name in tracker if tracker[name] != interactor.get(name)} == differing
 
 
 def test_kubernetes_overlay_takes_an_image_and_secrets() -> None:
