@@ -1,4 +1,4 @@
-"""The function over plain HTTP, for trying out, tests, benchmarks and containers without Nuclio.
+"""A function over plain HTTP, for trying out, tests, benchmarks and containers without Nuclio.
 
 Owns the HTTP server only: events, context and answers are those of `nuclio_sdk`, and one request
 at a time reaches the handler, as in one Nuclio worker.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import uvicorn
@@ -24,8 +25,10 @@ from starlette.responses import JSONResponse
 from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
-import main as function
 from errors import MethodNotAllowedError, NotFoundError, TooLargeError, TrackerError
+
+# The module that Nuclio would import, by the function's name.
+DOORS = {"tracker": "main", "interactor": "interactor_main"}
 
 # Bodies held in memory while one of them is served: they may have 256 MB each.
 BODIES_AT_A_TIME = 4
@@ -38,13 +41,13 @@ def create_context() -> Context:
     return Context(logger=logger, worker_id=0)
 
 
-def create_app(context: Context) -> Starlette:
-    """Return the HTTP application around an initialised context."""
+def create_app(context: Context, handler: Callable[[Context, Event], Response]) -> Starlette:
+    """Return the HTTP application around a handler and its initialised context."""
     one_at_a_time = asyncio.Lock()
     reading = asyncio.Semaphore(BODIES_AT_A_TIME)
     limit = context.user_data.service.limits.body_bytes
 
-    async def track(request: Request) -> HttpResponse:
+    async def serve(request: Request) -> HttpResponse:
         async with reading:
             try:
                 body = await _read_body(request, limit)
@@ -57,10 +60,10 @@ def create_app(context: Context) -> Starlette:
         return _answer(await run_in_threadpool(handle, request, b""))
 
     def handle(request: Request, body: bytes) -> Response:
-        return function.handler(context, _event(request, body))
+        return handler(context, _event(request, body))
 
     async def refuse(request: Request, err: Exception) -> HttpResponse:
-        usage = "POST / tracks, GET /healthz tells the health"
+        usage = "POST / calls the function, GET /healthz tells the health"
         known: TrackerError = NotFoundError(f"nothing is served at {request.url.path}: {usage}")
         headers = None
         if isinstance(err, HTTPException) and err.status_code == MethodNotAllowedError.status:
@@ -70,7 +73,7 @@ def create_app(context: Context) -> Starlette:
 
     return Starlette(
         routes=[
-            Route("/", track, methods=["POST"]),
+            Route("/", serve, methods=["POST"]),
             Route("/healthz", health, methods=["GET"]),
         ],
         exception_handlers={404: refuse, 405: refuse},
@@ -122,15 +125,18 @@ def _answer(response: Response) -> HttpResponse:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Serve until stopped. The port opens when the model is loaded and the store answers."""
+    """Serve until stopped. The port opens when the function has started."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8070)
+    parser.add_argument("--function", choices=DOORS, default="tracker")
     options = parser.parse_args(arguments)
+    door = importlib.import_module(DOORS[options.function])
     context = create_context()
-    function.init_context(context)
+    door.init_context(context)
     print(f"serving on http://{options.host}:{options.port}", flush=True)
-    uvicorn.run(create_app(context), host=options.host, port=options.port, log_level="warning")
+    app = create_app(context, door.handler)
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
 
 
 if __name__ == "__main__":

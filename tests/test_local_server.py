@@ -7,21 +7,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 import local_server
 from shapes import encode_cvat_rle
-from tests.clips import base64_text, blob_mask, jpeg_frames
+from tests.clips import SIZE_HW, base64_text, blob_mask, jpeg_frames
 from tests.conftest import RedisServer, free_port
 
 FRAMES = [base64_text(data) for data in jpeg_frames(3)]
 MASK = {"type": "mask", "points": encode_cvat_rle(blob_mask())}
 BODY_LIMIT = 8 << 20
 JSON = "application/json"
+USAGE = "POST / calls the function, GET /healthz tells the health"
 
 
 @pytest.fixture(scope="module")
@@ -37,23 +40,32 @@ def server(
     store: RedisServer, model_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[int, Path]]:
     """Run `python local_server.py`; give its port and its log."""
-    port = free_port()
-    log = tmp_path_factory.mktemp("server") / "log"
     limits = {"SAM2_MAX_BODY_MB": str(BODY_LIMIT >> 20), "CVAT_FUNCTIONS_REDIS_TIMEOUT": "1"}
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(model_environment | store.environment | limits, log) as port:
+        yield port, log
+
+
+@contextmanager
+def serving(environment: Mapping[str, str], log: Path, *options: str) -> Iterator[int]:
+    """Run a server until it is no longer needed; give its port when it is open."""
+    port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "local_server.py", "--host", "127.0.0.1", "--port", str(port)],
+            [sys.executable, "local_server.py", "--port", str(port), *options],
             cwd=Path(local_server.__file__).parent,
-            env=os.environ | model_environment | store.environment | limits,
+            env=os.environ | environment,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-    while not listens(port):
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.05)
-    yield port, log
-    process.terminate()
-    process.wait(30)
+    try:
+        while not listens(port):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 def listens(port: int) -> bool:
@@ -126,7 +138,7 @@ def test_other_paths_and_methods_are_refused(
     answer = http.request(method, path)
 
     assert answer.status_code == status
-    assert answer.json() == {"error": f"{reason}POST / tracks, GET /healthz tells the health"}
+    assert answer.json() == {"error": f"{reason}{USAGE}"}
 
 
 def test_errors_are_the_functions_own(http: httpx.Client) -> None:
@@ -207,6 +219,23 @@ def test_server_logs_requests_and_no_tracebacks(
     assert log.splitlines()[0].find("[info] ready: ") > 0
     assert "[info] tracked: " in log
     assert "Traceback" not in log
+
+
+def test_interactor_is_served_on_request(
+    model_environment: Mapping[str, str], tmp_path: Path
+) -> None:
+    """The same server around the other handler."""
+    with serving(model_environment, tmp_path / "log", "--function", "interactor") as port:
+        url = f"http://127.0.0.1:{port}"
+        body = {"image": FRAMES[0], "pos_points": [[60, 90]], "neg_points": []}
+        answer = httpx.post(url, json=body, timeout=60)
+        refusal = httpx.post(url, json=body | {"pos_points": []}, timeout=60)
+        health = httpx.get(f"{url}/healthz", timeout=60)
+
+    assert answer.status_code == health.status_code == 200
+    assert np.array(answer.json()["mask"]).shape == SIZE_HW
+    assert refusal.status_code == 400
+    assert "[info] segmented: " in (tmp_path / "log").read_text()
 
 
 def test_wrong_start_ends_the_process(model_environment: Mapping[str, str]) -> None:
