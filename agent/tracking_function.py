@@ -106,7 +106,7 @@ class TrackingFunction:
             SettingsError: Weights or the device are missing; see `model_loader.load_model`.
             StateStoreUnavailableError: The store does not answer.
         """
-        log.info("ready: %s", self._tracker.describe())
+        log.info("ready: %s", self._tracker.describe() | {"process": str(os.getpid())})
         redis_settings = self._settings.redis
         self._answers_together = cvat_cli_is_known()
         if not self._answers_together:
@@ -232,7 +232,9 @@ def _settings(parameters: Mapping[str, object], env: Mapping[str, str]) -> Setti
 def _write_log() -> None:
     """Write our log lines as cvat-cli writes its own."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)s: %(message)s"))
+    handler.setFormatter(
+        logging.Formatter("[%(asctime)s] %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S")
+    )
     log.addHandler(handler)
     log.setLevel(logging.INFO)
 

@@ -1,4 +1,4 @@
-"""CVAT's HTTP API as far as cvat-cli's agents ask for it: functions, their queue, video tasks."""
+"""CVAT's HTTP API as far as cvat-cli's agents ask for it: functions, their queues, video tasks."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ class RequestFailedError(Exception):
 
 @dataclass(eq=False)
 class Queued:
-    """One request for an agent, and who took it."""
+    """One request for a function's agents, and who took it."""
 
+    function: int
     params: dict[str, Any]
     answer: Future[dict[str, Any]] = field(default_factory=Future)
     agent: str | None = None
 
 
 class CvatStub:
-    """A CVAT with video tasks, and with one queue of interactive requests for its functions.
+    """A CVAT with video tasks and functions; all requests are interactive ones.
 
     Args:
         tasks: Encoded frames by task id.
@@ -83,9 +84,15 @@ class CvatStub:
         self._server.should_exit = True
         self._thread.join()
 
-    def submit(self, **params: Any) -> Future[dict[str, Any]]:
+    def register(self, function: dict[str, Any]) -> int:
+        """Add a function and return its id."""
+        id_ = len(self.functions) + 1
+        self.functions[id_] = function | {"id": id_}
+        return id_
+
+    def submit(self, function: int, **params: Any) -> Future[dict[str, Any]]:
         """Queue a request as CVAT does when an annotator asks; the answer comes from an agent."""
-        queued = Queued(params)
+        queued = Queued(function, params)
         self._queue.append(queued)
         return queued.answer
 
@@ -105,8 +112,7 @@ class CvatStub:
         return JSONResponse(texts | {"version": "2.80.0"})
 
     async def _create_function(self, request: Request) -> Response:
-        id_ = len(self.functions) + 1
-        self.functions[id_] = await request.json() | {"id": id_}
+        id_ = self.register(await request.json())
         return JSONResponse(self.functions[id_], 201)
 
     async def _function(self, request: Request) -> Response:
@@ -127,7 +133,12 @@ class CvatStub:
 
     async def _acquire(self, request: Request) -> Response:
         body = await request.json()
-        waiting = (id_ for id_, queued in enumerate(self._queue) if queued.agent is None)
+        function = request.path_params["function"]
+        waiting = (
+            id_
+            for id_, queued in enumerate(self._queue)
+            if (queued.function, queued.agent) == (function, None)
+        )
         id_ = next(waiting, None) if body["request_category"] == CATEGORY else None
         if id_ is None:
             return JSONResponse({"ar_assignment": None})

@@ -1,0 +1,514 @@
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import cvat_cli
+import numpy as np
+import pytest
+
+from shapes import encode_cvat_rle
+from tests.clips import base64_text, blob_mask, block_mask, jpeg_frames
+from tests.conftest import Function, RedisServer
+from tests.cvat_agent_stub import TOKEN, CvatStub, RequestFailedError
+
+REPOSITORY = Path(__file__).parent.parent
+FUNCTION_FILE = ["--function-file", str(REPOSITORY / "agent" / "func.py")]
+
+
+def png_frames(count: int, **options: Any) -> list[bytes]:
+    """Return frames as CVAT serves those of a video."""
+    pictures = [
+        cv2.imdecode(np.frombuffer(frame, np.uint8), cv2.IMREAD_COLOR)
+        for frame in jpeg_frames(count, **options)
+    ]
+    return [
+        cv2.imencode(".png", picture)[1].tobytes() for picture in pictures if picture is not None
+    ]
+
+
+FRAMES = png_frames(21)
+TASK, OTHER_TASK, MIXED_TASK = 7, 8, 9
+TASKS = {
+    TASK: FRAMES,
+    OTHER_TASK: png_frames(2, seed=1),
+    MIXED_TASK: [FRAMES[0], *png_frames(1, size_hw=(90, 160))],
+}
+MASK = {"type": "mask", "points": encode_cvat_rle(blob_mask())}
+SHAPES = [
+    MASK,
+    {"type": "mask", "points": encode_cvat_rle(block_mask())},
+    {"type": "polygon", "points": [30.0, 60.0, 90.0, 60.0, 90.0, 120.0, 30.0, 120.0]},
+    {"type": "rectangle", "points": [220.0, 40.0, 271.0, 101.0]},
+    {"type": "ellipse", "points": [60.0, 90.0, 90.0, 60.0]},
+]
+RECTANGLE = 3
+ID = re.compile(r"[\w-]{22}\.[\w-]{22}")
+
+
+@dataclass
+class Machine:
+    """Where agents are started: what they connect to and which model they run."""
+
+    cvat: CvatStub
+    environment: Mapping[str, str]
+    folder: Path
+    agents: list[Agent] = field(default_factory=list)
+
+    def with_(self, environment: Mapping[str, str]) -> Machine:
+        """Return the same machine with further variables."""
+        return replace(self, environment={**self.environment, **environment})
+
+    def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `cvat-cli function …` to its end."""
+        return subprocess.run(
+            self._command(arguments),
+            env=self.environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def start_agent(self, function: int, **environment: str) -> Agent:
+        """Start `cvat-cli function run-agent` without --burst."""
+        log = self.folder / f"{time.monotonic_ns()}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                self._command(["run-agent", str(function), *FUNCTION_FILE]),
+                env={**self.environment, **environment},
+                cwd=self.folder,
+                stderr=output,
+                start_new_session=True,
+            )
+        self.agents.append(Agent(self.cvat, function, process, log))
+        return self.agents[-1]
+
+    def _command(self, arguments: Sequence[str]) -> list[str]:
+        host = ["--server-host", self.cvat.url]
+        return [sys.executable, "-m", "cvat_cli", *host, "function", *arguments]
+
+
+@dataclass
+class Agent:
+    """A running agent."""
+
+    cvat: CvatStub
+    function: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def ask(self, **params: Any) -> dict[str, Any]:
+        """Return the answer to a request.
+
+        Raises:
+            RequestFailedError: The agent's own words.
+        """
+        answer = self.cvat.submit(self.function, **params)
+        while not wait([answer], timeout=0.1, return_when=FIRST_COMPLETED).done:
+            assert self.process.poll() is None, self.log.read_text()
+        return answer.result()
+
+    def start(self, shapes: Sequence[Any], *, task: int = TASK) -> list[str]:
+        """Start objects on frame 0 and return their states."""
+        answer = self.ask(type="init_tracking", task=task, frame=0, shapes=shapes)
+        states: list[str] = answer["states"]
+        return states
+
+    def track(self, frame: int, states: Sequence[str], *, task: int = TASK) -> list[Any]:
+        """Find objects on a frame and return their shapes."""
+        answer = self.ask(type="track", task=task, frame=frame, states=states)
+        assert answer["states"] == states
+        shapes: list[Any] = answer["shapes"]
+        return shapes
+
+    @property
+    def worker(self) -> int:
+        """The id of the process that holds the model."""
+        (*_, last) = re.findall(r"'process': '(\d+)'", self.log.read_text())
+        return int(last)
+
+    def kill(self) -> None:
+        """End it at once, with its worker."""
+        with suppress(ProcessLookupError):  # it ended before
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> str:
+        """End it as Ctrl-C does and return its log."""
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(30)
+        return self.log.read_text()
+
+
+def lives(process: int) -> bool:
+    """Tell whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+class Expected:
+    """What the Nuclio function answers for the same frames and shapes."""
+
+    def __init__(self, function: Function, shapes: Sequence[Any]) -> None:
+        self._function = function
+        self._states = function.track(base64_text(FRAMES[0]), list(shapes), [])["states"]
+
+    def track(self, frame: int) -> list[Any]:
+        """Return the shapes on the next frame, as far as agents can tell them to CVAT."""
+        nothing = [None] * len(self._states)
+        answer = self._function.track(base64_text(FRAMES[frame]), nothing, self._states)
+        self._states = answer["states"]
+        return [
+            None if shape is None else {"type": shape["type"], "points": shape["points"]}
+            for shape in answer["shapes"]
+        ]
+
+
+@pytest.fixture(scope="module")
+def cvat() -> Iterator[CvatStub]:
+    """Serve the tasks of this module."""
+    stub = CvatStub(TASKS)
+    yield stub
+    stub.close()
+
+
+@pytest.fixture(scope="module")
+def machine(
+    cvat: CvatStub, model_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Machine]:
+    """A machine without Redis; whatever agents a test leaves running end with the module."""
+    import torch
+
+    clean = {
+        name: os.environ[name] for name in os.environ if not name.startswith(("SAM2_", "CVAT_"))
+    }
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # equal bits need equal threads
+    environment = clean | model_environment | threads | {"CVAT_ACCESS_TOKEN": TOKEN}
+    started = Machine(cvat, environment, tmp_path_factory.mktemp("agents"))
+    yield started
+    for agent in started.agents:
+        agent.kill()
+
+
+@pytest.fixture(scope="module")
+def pool(machine: Machine, redis_server: RedisServer) -> Machine:
+    """The same machine, whose agents share a Redis server."""
+    return machine.with_(redis_server.environment | {"CVAT_FUNCTIONS_REDIS_TIMEOUT": "1"})
+
+
+@pytest.fixture(scope="module")
+def registered(machine: Machine) -> int:
+    """The id of a function made by `create-native`."""
+    done = machine.cli("create-native", "SAM 2", *FUNCTION_FILE)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.fixture
+def own(cvat: CvatStub, registered: int) -> int:
+    """The id of a function that no other test's agents serve."""
+    return cvat.register(cvat.functions[registered])
+
+
+@pytest.fixture(scope="module")
+def agent(pool: Machine, registered: int) -> Agent:
+    """An agent for the tests that leave it whole."""
+    return pool.start_agent(registered)
+
+
+def test_registering_tells_cvat_the_shapes(cvat: CvatStub, registered: int) -> None:
+    """`create-native` registers a tracker of all four shape types."""
+    assert cvat.functions[registered] == {
+        "id": registered,
+        "provider": "native",
+        "name": "SAM 2",
+        "visibility": "private",
+        "kind": "tracker",
+        "supported_shape_types": ["ellipse", "mask", "polygon", "rectangle"],
+    }
+
+
+def test_registering_needs_no_model(machine: Machine) -> None:
+    """A function for other machines can be registered where neither weights nor a GPU are."""
+    parameters = ["-p", "checkpoint=str:/not/here.pt", "-p", "device=str:cuda:99"]
+
+    done = machine.cli("create-native", "elsewhere", *FUNCTION_FILE, *parameters)
+
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ({"image_size": 500}, "SAM2_IMAGE_SIZE='500' is not allowed: expected a multiple of 32"),
+        ({"device": "gpu"}, "SAM2_DEVICE='gpu' is not allowed: expected auto, cpu, cuda or cuda:N"),
+        ({"batch_objects": 1.5}, "SAM2_BATCH_OBJECTS='1.5' is not allowed: expected a whole"),
+        ({"config": "c.yaml"}, "SAM2_CHECKPOINT is not set: SAM2_CONFIG and SAM2_CHECKPOINT go"),
+        ({"size": 512}, "parameter size is not known: expected some of model_id, config"),
+    ],
+)
+def test_wrong_parameter_is_refused(parameters: dict[str, Any], reason: str) -> None:
+    """A wrong parameter stops the command with what is allowed."""
+    from agent.tracking_function import create
+
+    with pytest.raises(SystemExit, match=f"^cannot start: {re.escape(reason)}"):
+        create(**parameters)
+
+
+def test_refusal_is_one_line(machine: Machine) -> None:
+    """What cvat-cli prints of a wrong parameter is the reason alone; nothing is registered."""
+    known = dict(machine.cvat.functions)
+
+    done = machine.cli("create-native", "wrong", *FUNCTION_FILE, "-p", "image_size=int:500")
+
+    assert done.returncode == 1
+    assert re.fullmatch(r"cannot start: SAM2_IMAGE_SIZE='500' is not allowed: .*\n", done.stderr)
+    assert machine.cvat.functions == known
+
+
+def test_agent_that_cannot_serve_does_not_start(machine: Machine, registered: int) -> None:
+    """Missing weights end the agent before it takes a request, and say so."""
+    parameter = ["-p", "checkpoint=str:/not/here.pt"]
+
+    done = machine.cli("run-agent", str(registered), *FUNCTION_FILE, *parameter, "--burst")
+
+    assert done.returncode != 0
+    assert "SystemExit: cannot start: /not/here.pt does not exist" in done.stderr
+    assert "Got assigned" not in done.stderr
+
+
+def test_model_parameter_wins_over_the_environment(machine: Machine) -> None:
+    """A model that is asked for is not silently replaced by SAM2_CONFIG."""
+    from agent.tracking_function import _settings
+
+    settings = _settings({"model_id": "micro", "image_size": 256}, machine.environment)
+
+    assert (settings.model_id, settings.config, settings.image_size) == ("micro", None, 256)
+
+
+def test_answers_equal_the_functions(agent: Agent, function: Function) -> None:
+    """Over 20 frames every shape type comes out as from the Nuclio function, bit for bit."""
+    expected = Expected(function, SHAPES)
+
+    states = agent.start(SHAPES)
+    found = [agent.track(frame, states) for frame in range(1, len(FRAMES))]
+
+    assert all(map(ID.fullmatch, states))
+    assert found == [expected.track(frame) for frame in range(1, len(FRAMES))]
+
+
+def test_lost_objects_come_out_as_the_functions(
+    pool: Machine,
+    own: int,
+    checkpoint: Path,
+    start_function: Callable[[dict[str, str]], Function],
+    tmp_path: Path,
+) -> None:
+    """What is not in the frame is None, but a rectangle its last box; both may come back."""
+    import torch
+
+    weights = torch.load(checkpoint, weights_only=True)
+    # The test model's object scores lie around 1.17: now some of them are below zero.
+    weights["model"]["sam_mask_decoder.pred_obj_score_head.layers.2.bias"] -= 1.17
+    torch.save(weights, tmp_path / "forgetful.pt")
+    forgetful = {"SAM2_CHECKPOINT": str(tmp_path / "forgetful.pt")}
+    expected = Expected(start_function(forgetful), SHAPES)
+    losing = pool.with_(forgetful).start_agent(own)
+
+    states = losing.start(SHAPES)
+    found = [losing.track(frame, states) for frame in range(1, 9)]
+    losing.kill()
+
+    assert found == [expected.track(frame) for frame in range(1, 9)]
+    assert found[0][RECTANGLE] == SHAPES[RECTANGLE]
+    assert any(shapes[0] is None for shapes in found)
+    assert any(shapes[0] is not None for shapes in found)
+
+
+def test_objects_of_a_request_are_found_together(agent: Agent) -> None:
+    """One request is one run of the tracker, however many objects cvat-cli asks it for."""
+    states = agent.start(SHAPES)
+    before = agent.log.read_text()
+
+    agent.track(1, states)
+
+    (line,) = re.findall(r"tracked: .*", agent.log.read_text()[len(before) :])
+    assert f"'started': 0, 'continued': {len(SHAPES)}," in line
+
+
+def test_agents_in_bursts_follow_one_track(pool: Machine, own: int, function: Function) -> None:
+    """With Redis every request may go to a new agent; they share what it takes to continue."""
+    expected = Expected(function, [MASK])
+
+    def burst(**params: Any) -> dict[str, Any]:
+        answer = pool.cvat.submit(own, task=TASK, **params)
+        done = pool.cli("run-agent", str(own), *FUNCTION_FILE, "--burst")
+        assert done.returncode == 0, done.stderr
+        return answer.result(timeout=0)
+
+    states = burst(type="init_tracking", frame=0, shapes=[MASK])["states"]
+    found = [burst(type="track", frame=frame, states=states)["shapes"] for frame in (1, 2)]
+
+    assert found == [expected.track(1), expected.track(2)]
+
+
+def test_another_agent_takes_over(pool: Machine, own: int, function: Function) -> None:
+    """An agent that is killed between two requests loses nothing: the next one goes on."""
+    expected = Expected(function, SHAPES)
+    first = pool.start_agent(own)
+    states = first.start(SHAPES)
+    found = [first.track(1, states)]
+
+    first.kill()
+    second = pool.start_agent(own)
+    found += [second.track(frame, states) for frame in (2, 3)]
+    second.kill()
+
+    assert found == [expected.track(frame) for frame in (1, 2, 3)]
+
+
+def test_crashed_worker_loses_no_track(pool: Machine, own: int, function: Function) -> None:
+    """A worker that dies costs the request it was at; its successor continues the tracks."""
+    expected = Expected(function, [MASK])
+    crashing = pool.start_agent(own)
+    states = crashing.start([MASK])
+
+    os.kill(crashing.worker, signal.SIGKILL)
+    with pytest.raises(RequestFailedError, match="Worker process crashed"):
+        crashing.track(1, states)
+    found = [crashing.track(1, states), crashing.track(2, states)]
+    crashing.kill()
+
+    assert found == [expected.track(1), expected.track(2)]
+
+
+def test_worker_ends_with_its_agent(pool: Machine, own: int) -> None:
+    """Of an agent that is killed no process stays behind with the model on the GPU."""
+    doomed = pool.start_agent(own)
+    doomed.start([MASK])
+    worker = doomed.worker
+    assert lives(worker)
+
+    doomed.process.kill()
+    doomed.process.wait()
+
+    deadline = time.monotonic() + 30
+    while lives(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not lives(worker)
+
+
+def test_store_that_is_away_costs_no_track(
+    agent: Agent, redis_server: RedisServer, function: Function
+) -> None:
+    """While Redis does not answer requests fail with a reason; then tracks go on as if not."""
+    expected = Expected(function, [MASK])
+    states = agent.start([MASK])
+
+    redis_server.process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(RequestFailedError, match=r"state store failed .* nothing is lost"):
+            agent.track(1, states)
+    finally:
+        redis_server.process.send_signal(signal.SIGCONT)
+
+    assert agent.track(1, states) == expected.track(1)
+
+
+@pytest.mark.parametrize("state", ["rubbish", "a" * 22 + "." + "b" * 22, "", "{}", "a" * 10_000])
+def test_unknown_state_is_refused(agent: Agent, state: str) -> None:
+    """A state that nobody was given is not found."""
+    with pytest.raises(RequestFailedError, match=r"Tracking state '.*' not found"):
+        agent.track(1, [state])
+
+
+def test_state_belongs_to_its_task(agent: Agent) -> None:
+    """Nobody sees a task through a state of another one."""
+    states = agent.start([MASK])
+
+    with pytest.raises(RequestFailedError, match=f"is not for task #{OTHER_TASK}"):
+        agent.track(1, states, task=OTHER_TASK)
+
+
+def test_state_belongs_to_its_image_size(agent: Agent) -> None:
+    """A state of frames of one size is not tried on frames of another."""
+    states = agent.start([MASK], task=MIXED_TASK)
+
+    with pytest.raises(RequestFailedError, match=r"Image sizes .* are different"):
+        agent.track(1, states, task=MIXED_TASK)
+
+
+def test_refused_request_moves_no_state(agent: Agent, function: Function) -> None:
+    """One bad state fails its request before any object of it is tracked."""
+    expected = Expected(function, [MASK])
+    states = agent.start([MASK])
+
+    with pytest.raises(RequestFailedError, match="not found"):
+        agent.track(1, [*states, "rubbish"])
+
+    assert agent.track(1, states) == expected.track(1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ({"type": "cuboid", "points": [0.0] * 16}, "Unsupported shape type 'cuboid'"),
+        ({"type": "mask", "points": [1, 2, 3]}, "mask has 3 numbers"),
+        ({"type": "polygon", "points": [0.0, 0.0, 5.0]}, "polygon has 3 numbers"),
+    ],
+)
+def test_bad_shape_is_refused_with_its_reason(
+    agent: Agent, shape: dict[str, Any], reason: str
+) -> None:
+    """An annotator is told what is wrong with a shape."""
+    with pytest.raises(RequestFailedError, match=f"Invalid annotation request: .*{reason}"):
+        agent.start([shape])
+
+
+def test_agent_without_redis_tracks_alone(machine: Machine, own: int, function: Function) -> None:
+    """Without Redis the answers are the same; the log says that tracks end with the agent."""
+    expected = Expected(function, SHAPES)
+    alone = machine.start_agent(own)
+
+    states = alone.start(SHAPES)
+    found = [alone.track(frame, states) for frame in (1, 2)]
+    with pytest.raises(RequestFailedError, match="is not for task"):
+        alone.track(1, states, task=OTHER_TASK)
+    log = alone.stop()
+
+    assert found == [expected.track(1), expected.track(2)]
+    assert "CVAT_FUNCTIONS_REDIS_HOST is not set: tracks end with this agent" in log
+
+
+def test_unknown_cvat_cli_is_left_alone(
+    pool: Machine, own: int, function: Function, tmp_path: Path
+) -> None:
+    """Beside a cvat-cli that differs, states stay where it keeps them, and a warning says so."""
+    shutil.copytree(Path(cvat_cli.__file__).parent, tmp_path / "cvat_cli")
+    changed = tmp_path / "cvat_cli" / "_internal" / "agent_driver_tracking.py"
+    changed.write_text(changed.read_text() + "\n# changed\n")
+    expected = Expected(function, SHAPES)
+    other = pool.start_agent(own, PYTHONPATH=str(tmp_path))
+
+    states = other.start(SHAPES)
+    found = [other.track(frame, states) for frame in (1, 2)]
+    log = other.stop()
+
+    assert found == [expected.track(1), expected.track(2)]
+    assert not any(map(ID.fullmatch, states)), "these are names that cvat-cli made"
+    assert "may keep its states in a way unknown to this function" in log

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fakeredis
+import pytest
+import redis
+import yaml
+from cvat_cli._internal import agent_driver_tracking as driver
+from cvat_cli._internal.agent_driver import BadArError
+
+from agent import shared_states
+from agent.shared_states import KNOWN_VERSIONS, Followed, SharedStates, cvat_cli_is_known
+from errors import StateStoreUnavailableError
+from state_token import StateToken, new_id
+from tests.conftest import RedisServer
+
+REPOSITORY = Path(__file__).parent.parent
+DIMS = (320, 180)
+TTL_S = 100
+
+
+@pytest.fixture
+def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
+    """Connect to the real server."""
+    client = redis_server.client()
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def states(client: redis.Redis) -> SharedStates:
+    """Make the states of one agent."""
+    return SharedStates(client=client, ttl_s=TTL_S)
+
+
+def token() -> StateToken:
+    """Return the token of some step."""
+    return StateToken(new_id(), new_id())
+
+
+def test_installed_cvat_cli_is_known() -> None:
+    """The cvat-cli that the tests run is the one whose insides were read; a new one fails here."""
+    assert cvat_cli_is_known()
+
+
+def test_one_cvat_cli_is_pinned_everywhere() -> None:
+    """What develops, what the image holds and what the guide says is the known version."""
+    texts = [
+        (REPOSITORY / name).read_text()
+        for name in ("requirements-dev.txt", "agent/Dockerfile", "agent/README.md")
+    ]
+    pins = [re.findall(r"cvat-cli==([\d.]+\d)", text) for text in texts]
+
+    assert all(pins)
+    assert {pin for found in pins for pin in found} == set(KNOWN_VERSIONS)
+
+
+def test_cvat_cli_of_another_version_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version that nobody read is not trusted, whatever its insides."""
+    monkeypatch.setattr(shared_states, "version", lambda _: "2.81.0")
+
+    assert not cvat_cli_is_known()
+
+
+def test_cvat_cli_without_the_driver_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cvat-cli whose modules are called otherwise is not trusted."""
+    monkeypatch.setattr(shared_states, "driver", None)
+
+    assert not cvat_cli_is_known()
+
+
+def test_cvat_cli_keeps_its_states_here(
+    states: SharedStates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The container that cvat-cli's worker makes is ours once we took over."""
+    for name in ("_TrackingStateContainer", "_tracking_states", "_tracking_state_id_generator"):
+        monkeypatch.setattr(driver, name, vars(driver).get(name), raising=False)
+
+    states.take_over()
+    driver.AgentTrackingFunctionDriver.init_worker(str)
+
+    assert driver._tracking_states is states
+    driver._tracking_states.prune()
+
+
+def test_every_method_of_the_container_is_there() -> None:
+    """Whatever cvat-cli may call on its container, it finds on ours."""
+    theirs = {name for name in vars(driver._TrackingStateContainer) if not name.startswith("_")}
+
+    assert theirs <= set(vars(SharedStates))
+
+
+def test_state_comes_back_from_another_agent(
+    states: SharedStates, redis_server: RedisServer
+) -> None:
+    """What one agent stored another one finds, with the shape type, and where it moved."""
+    first = token()
+    other = SharedStates(client=redis_server.client(), ttl_s=TTL_S)
+    name = states.store(Followed(first), "mask", 7, DIMS)
+
+    followed, shape_type = other.retrieve(name, 7, DIMS)
+    assert (followed.token, shape_type) == (first, "mask")
+
+    followed.token = newest = token()
+    other.move([followed])
+    assert states.retrieve(name, 7, DIMS)[0].token == newest
+
+
+def test_state_lives_from_its_last_frame(states: SharedStates, client: redis.Redis) -> None:
+    """Each move renews the state's life."""
+    name = states.store(Followed(token()), "mask", 7, DIMS)
+    (key,) = client.keys(f"*{name.partition('.')[0]}*:agent:*")
+    client.expire(key, 5)
+
+    states.move([states.retrieve(name, 7, DIMS)[0]])
+
+    assert TTL_S - 5 < int(client.ttl(key)) <= TTL_S
+
+
+def test_store_that_is_away_moves_nothing() -> None:
+    """A store that fails leaves every state of the request where it was, and says so."""
+    server = fakeredis.FakeServer()
+    states = SharedStates(client=fakeredis.FakeRedis(server=server), ttl_s=TTL_S)
+    first = [token(), token()]
+    names = [states.store(Followed(one), "mask", 7, DIMS) for one in first]
+    moved = [states.retrieve(name, 7, DIMS)[0] for name in names]
+    for one in moved:
+        one.token = token()
+
+    server.connected = False
+    with pytest.raises(StateStoreUnavailableError, match="nothing is lost"):
+        states.move(moved)
+    with pytest.raises(BadArError, match="nothing is lost"):
+        states.retrieve(names[0], 7, DIMS)
+    server.connected = True
+
+    assert [states.retrieve(name, 7, DIMS)[0].token for name in names] == first
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "dims", "reason"),
+    [
+        (None, 8, DIMS, "is not for task #8"),
+        (None, 7, DIMS[::-1], "Image sizes .* are different"),
+        (f"{new_id()}.{new_id()}", 7, DIMS, "not found - possibly expired"),
+        ("rubbish", 7, DIMS, "not found - possibly expired"),
+        (12, 7, DIMS, "not found - possibly expired"),
+    ],
+)
+def test_refusals_are_those_of_cvat_cli(
+    states: SharedStates,
+    monkeypatch: pytest.MonkeyPatch,
+    name: Any,
+    task: int,
+    dims: tuple[int, int],
+    reason: str,
+) -> None:
+    """A state that is unknown, of another task or of another image size is refused as by CVAT."""
+    theirs = driver._TrackingStateContainer()
+    monkeypatch.setattr(driver, "_tracking_state_id_generator", new_id, raising=False)
+    for container in (states, theirs):
+        kept = container.store(Followed(token()), "mask", 7, DIMS)
+        asked = kept if name is None else name
+
+        with pytest.raises(BadArError, match=reason):
+            container.retrieve(state_id=asked, task_id=task, image_dims=dims)
+
+
+def test_compose_file_sets_what_the_agent_reads() -> None:
+    """Every variable of the pool's compose files is one that settings or cvat-cli know."""
+    known = (REPOSITORY / "settings.py").read_text()
+    cli = {"CVAT_ACCESS_TOKEN", "REDISCLI_AUTH", "OMP_NUM_THREADS"}
+    for name in ("compose.yaml", "compose.gpu.yaml"):
+        services = yaml.safe_load((REPOSITORY / "agent" / name).read_text())["services"]
+        for service in services.values():
+            for variable in service.get("environment", {}):
+                assert variable in cli or f'"{variable}"' in known, variable
