@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ Point = tuple[float, float]  # xy in the frame's pixels
 
 MAX_POINTS = 256  # far more than anybody clicks; each costs the mask decoder time
 EXTREME_POINTS = 4
+# how far, in parts of the box's width or height, a point may lie from the side that it holds
+EXTREME_SLACK = 0.03
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,9 @@ def extreme_box(positive: Sequence[Point], negative: Sequence[Point] = ()) -> Bo
     """Return the box that extreme points mean, the way annotators click them for DEXTR.
 
     Points lie like extreme points when each of the first four positive ones holds another side of
-    the box around all points: one is the left-most, one the top-most, one the right-most, one the
-    bottom-most. Further points, positive or negative, correct the mask inside that box.
+    the box around all positive ones: one lies on the left side, one on the top, one on the right,
+    one on the bottom, as exactly as people click. Further positive points do not move the sides,
+    and negative ones, which take away what is too much, lie inside.
 
     Args:
         positive: Points on the object, in the order of the clicks.
@@ -117,12 +121,17 @@ def extreme_box(positive: Sequence[Point], negative: Sequence[Point] = ()) -> Bo
     """
     if len(positive) < EXTREME_POINTS:
         return None
-    points = np.array([*positive, *negative])
-    first = points[:EXTREME_POINTS]
+    points = np.array(positive)
     low, high = points.min(axis=0), points.max(axis=0)
-    holders = {*first.argmin(axis=0).tolist(), *first.argmax(axis=0).tolist()}
-    outside = (first.min(axis=0) > low).any() or (first.max(axis=0) < high).any()
-    if len(holders) < EXTREME_POINTS or outside:
+    first = points[:EXTREME_POINTS]
+    slack = EXTREME_SLACK * (high - low)
+    held = np.hstack([first - low <= slack, high - first <= slack])  # points by sides
+    one_each = any(
+        all(held[point, side] for side, point in enumerate(order))
+        for order in permutations(range(EXTREME_POINTS))
+    )
+    inside = all((low <= point).all() and (point <= high).all() for point in negative)
+    if not (one_each and inside and (low < high).all()):
         return None
     return float(low[0]), float(low[1]), float(high[0]), float(high[1])
 

@@ -131,6 +131,9 @@ def test_image_is_held_to_the_limits() -> None:
         pytest.param([BOTTOM, LEFT, RIGHT, TOP], id="any order"),
         pytest.param([LEFT, TOP, RIGHT, BOTTOM, (30.0, 50.0)], id="one more inside"),
         pytest.param([(10, 30), (20, 20), (60, 80), (50, 90)], id="near the corners"),
+        pytest.param([(10, 20), (30, 20), (60, 45), (35, 90)], id="cut off by the frame"),
+        pytest.param([(10, 20), (30, 21), (60, 45), (35, 90)], id="nearly so"),
+        pytest.param([LEFT, TOP, RIGHT, (35, 89), (36, 90)], id="corrected by a little"),
     ],
 )
 def test_extreme_points_mean_their_box(points: list[tuple[float, float]]) -> None:
