@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import cachetools
@@ -127,17 +128,16 @@ class RedisStateStore:
             return [bool(first) for first in pipeline.execute()]
 
     def save(self, writes: Sequence[StepWrite]) -> list[list[str]]:
+        transactions = [self._commands(write) for write in writes]
         with translated_errors():
             pipeline = self._client.pipeline(transaction=False)
-            for write in writes:
+            for commands in transactions:
                 # One MULTI a track, all in one round trip: a step never appears without its
                 # frame memory, whatever happens to this process or the connection.
-                for command in (("MULTI",), *self._commands(write), ("EXEC",)):
+                for command in (("MULTI",), *commands, ("EXEC",)):
                     pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
-            # Of each MULTI only the answer of its EXEC is of interest: a list.
-            done = [reply for reply in pipeline.execute() if isinstance(reply, list)]
-            for reply in done:
-                _raise_first_error(reply)
+            replies = iter(pipeline.execute())
+            done = [_done(replies, len(commands)) for commands in transactions]
         return [_lost(write, replies) for write, replies in zip(writes, done, strict=True)]
 
     def restore(self, memories: Mapping[tuple[str, str], bytes]) -> None:
@@ -157,7 +157,10 @@ class RedisStateStore:
             pipeline = self._client.pipeline(transaction=False)
             for key in keys:  # not MGET: the keys of several tracks lie in several cluster slots
                 pipeline.get(key)
-            return list(pipeline.execute())
+            values = list(pipeline.execute())
+            if not {type(value) for value in values} <= {bytes, type(None)}:
+                raise redis.InvalidResponse("GET was answered by something else than bytes")
+        return values
 
 
 class MemoryStateStore:
@@ -308,10 +311,15 @@ def _lost(write: StepWrite, replies: Sequence[Any]) -> list[str]:
     return [id_ for id_, kept in zip(write.renewed, replies, strict=False) if not kept]
 
 
-def _raise_first_error(replies: Sequence[Any]) -> None:
-    for reply in replies:
+def _done(replies: Iterator[Any], count: int) -> list[Any]:
+    """Take the replies to one transaction of so many commands; return those of its EXEC."""
+    *_, done = islice(replies, count + 2)
+    if not isinstance(done, list) or len(done) != count:
+        raise redis.InvalidResponse("EXEC was not answered by one reply for each command")
+    for reply in done:
         if isinstance(reply, Exception):
             raise reply
+    return done
 
 
 @contextmanager
@@ -319,7 +327,8 @@ def translated_errors() -> Iterator[None]:
     """Raise StateStoreUnavailableError for whatever the Redis client raises inside."""
     try:
         yield
-    except redis.RedisError as err:
+    except (redis.RedisError, OSError, ValueError, LookupError, RecursionError) as err:
+        # All but the first are what redis-py makes of answers that no Redis server gives.
         # The kind is enough for a caller; the log gets the server's words as well.
         unavailable = StateStoreUnavailableError(
             f"the state store failed ({type(err).__name__}): nothing is lost, repeat the request"

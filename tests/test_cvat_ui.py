@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from tests.clips import jpeg_frames
+from tests.faults import ROOT, Replica
 from tests.reference import write_frames
-from tests.test_replicas import ROOT, Replica
 
 UI = ROOT / "cvat_ui"
 FRAMES = 12

@@ -4,59 +4,20 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from shapes import encode_cvat_rle
 from tests.clips import base64_text, blob_mask, block_mask, jpeg_frames
-from tests.conftest import Function, RedisServer, free_port
+from tests.conftest import Function, RedisServer
+from tests.faults import Replica
 
-ROOT = Path(__file__).parent.parent
 FRAMES = 12
 KILLED_AT = 6
-
-
-class Replica:
-    """A `local_server.py` process."""
-
-    def __init__(self, environment: dict[str, str]) -> None:
-        port = free_port()
-        command = [sys.executable, "local_server.py", "--port", str(port)]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
-        )
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
-
-    def wait(self) -> None:
-        """Return when it is healthy."""
-        while True:
-            assert self.process.poll() is None, "the replica did not start"
-            try:
-                if self.client.get("/healthz").is_success:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.05)
-
-    def track(self, image: str, shapes: Sequence[Any], states: Sequence[str]) -> dict[str, Any]:
-        """Post a tracker request that has to succeed."""
-        response = self.client.post("/", json={"image": image, "shapes": shapes, "states": states})
-        assert response.status_code == 200, response.text
-        answer: dict[str, Any] = response.json()
-        return answer
-
-    def kill(self) -> None:
-        """End it at once, by SIGKILL."""
-        self.process.kill()
-        self.process.wait()
-        self.client.close()
 
 
 @pytest.fixture

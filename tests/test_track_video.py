@@ -25,8 +25,9 @@ from protocol import Continue, Start
 from shapes import Shape, ShapeType, encode_cvat_rle
 from state_token import StateToken, new_id
 from tests.clips import blob_mask, jpeg_frames
+from tests.faults import Replica
 from tests.reference import write_frames
-from tests.test_replicas import Replica, start_replicas
+from tests.test_replicas import start_replicas
 from track_video import read_prompts, track_clip
 from tracker import TrackedObject
 
