@@ -125,6 +125,12 @@ class CvatConnection:
     def __init__(self, options: argparse.Namespace) -> None:
         with _worded("log in"):
             self._client: Client = make_client_from_cli(options)
+        # Repeating is decided in one place, `_call`; the SDK's own would hide the status.
+        pools = self._client.api_client.rest_client.pool_manager
+        pools.connection_pool_kw["retries"] = urllib3.Retry(
+            total=None, connect=0, read=0, status=0, other=0, redirect=3
+        )
+        pools.clear()
         self.url = str(self._client.api_client.configuration.host)
         self._validation_modes: dict[int, str | None] = {}  # by task
 

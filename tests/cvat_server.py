@@ -79,12 +79,14 @@ class Call:
         path: Without the query.
         query: Its parameters.
         body: Decoded JSON.
+        headers: By lower-case name.
     """
 
     method: str
     path: str
     query: dict[str, str]
     body: Any = None
+    headers: dict[str, str] = field(default_factory=dict)
 
     def is_(self, action: str) -> bool:
         """Tell whether it creates or deletes annotations."""
@@ -145,6 +147,7 @@ class CvatServer:
         before: Called before a request is served; what it raises as `Refusal` is the answer.
         after: Called when a request was served and before it is answered; may raise `Refusal` too.
         refuse: By path, a status and body to answer instead.
+        raw: By path, bytes to answer instead, as if all were well.
     """
 
     def __init__(self, task: Task, certificate: Path | None = None) -> None:
@@ -153,6 +156,7 @@ class CvatServer:
         self.before: Callable[[Call], None] = lambda _: None
         self.after: Callable[[Call], None] = lambda _: None
         self.refuse: dict[str, tuple[int, object]] = {}
+        self.raw: dict[str, bytes] = {}
         self.data: dict[int, Json] = {job: _empty() for job in task.ranges()}
         self._ids = {name: itertools.count(1) for name in ("tags", "shapes", "tracks", "tracked")}
         self._lock = threading.RLock()
@@ -160,6 +164,7 @@ class CvatServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # headers and body are two packets
 
             def do_GET(self) -> None:
                 server._serve(self)
@@ -238,6 +243,7 @@ class CvatServer:
             parts.path,
             dict(parse_qsl(parts.query)),
             json.loads(raw) if raw else None,
+            {name.lower(): value for name, value in handler.headers.items()},
         )
         cookies: list[str] = []
         try:
@@ -252,6 +258,7 @@ class CvatServer:
             else:
                 self._check_login(call, handler)
                 status, kind, body = self._route(call)
+                body = self.raw.get(call.path, body)
             self.after(call)
         except Refusal as refusal:
             status, kind = refusal.status, "application/vnd.cvat+json"
@@ -469,10 +476,12 @@ class CvatServer:
                 raise Refusal(400, ["This field may not be null."])
         for track in new["tracks"]:
             mutable = {a["id"] for a in known[track["label_id"]]["attributes"] if a["mutable"]}
-            if any(one["spec_id"] in mutable for one in track["attributes"]):
+            if any(one["spec_id"] in mutable for one in track.get("attributes", [])):
                 raise Refusal(400, ["spec_id of a mutable attribute is invalid in a track"])
             if any(
-                a["spec_id"] not in mutable for key in track["shapes"] for a in key["attributes"]
+                a["spec_id"] not in mutable
+                for key in track["shapes"]
+                for a in key.get("attributes", [])
             ):
                 raise Refusal(400, ["spec_id of an immutable attribute is invalid in a keyframe"])
             numbers = [key["frame"] for key in track["shapes"]]

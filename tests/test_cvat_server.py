@@ -20,9 +20,7 @@ def test_it_answers_what_was_recorded_from_cvat() -> None:
     What nobody reads (dates, links, owners) was taken out of the recording.
     """
     frames = [np.zeros((240, 320, 3), np.uint8)] * 40
-    task = Task(
-        frames, name="bedroom", file="small.mp4", segment_size=25, overlap=5, chunk_size=10
-    )
+    task = Task(frames, name="bedroom", file="small.mp4", segment_size=25, overlap=5, chunk_size=10)
     calls: list[dict[str, Any]] = json.loads(RECORDED.read_text())
     answered = []
     with CvatServer(task) as server:

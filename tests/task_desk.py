@@ -1,0 +1,153 @@
+"""What tests of `track_task.py` work with: a served task, the command, an engine that moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cvat_connection
+import track_task
+from protocol import Continue, Start
+from shapes import Shape, ShapeType
+from state_token import StateToken, new_id
+from tests.cvat_server import PASSWORD, USER, CvatServer, Picture, Task
+from tracker import TrackedObject
+
+SIZE_HW = (60, 80)
+POLYGON = [10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]
+MASK = [0, 100, 40, 10, 49, 19]
+
+
+def frames_of(count: int) -> list[Picture]:
+    """Return frames that tell their number by their red."""
+    return [np.full((*SIZE_HW, 3), (5 * number, 9, 9), np.uint8) for number in range(count)]
+
+
+class MovingEngine:
+    """Moves every object one pixel right a frame, and reads the frame's number from its red.
+
+    Args:
+        lost: Whether an object of a type is lost on a frame.
+        on_frame: Called with each frame's number first.
+    """
+
+    def __init__(
+        self,
+        lost: Callable[[ShapeType, int], bool] = lambda _type, _frame: False,
+        on_frame: Callable[[int], None] = lambda _frame: None,
+    ) -> None:
+        self._lost = lost
+        self._on_frame = on_frame
+        self._begun: dict[StateToken, tuple[Shape, int]] = {}
+        self.seen: list[int] = []
+        self.starts: list[tuple[int, list[float]]] = []
+
+    def close(self) -> None:
+        """Hold nothing."""
+
+    def track(self, frame: Image.Image, items: Sequence[Start | Continue]) -> list[TrackedObject]:
+        """See `Engine.track`."""
+        pixel = frame.getpixel((0, 0))
+        assert isinstance(pixel, tuple)
+        number = round(pixel[0] / 5)
+        self._on_frame(number)
+        self.seen.append(number)
+        answers = []
+        for item in items:
+            token = StateToken(new_id(), new_id())
+            if isinstance(item, Start):
+                self.starts.append((number, list(item.shape.points)))
+                self._begun[token] = item.shape, number
+                answers.append(TrackedObject(token, item.shape, lost=False))
+                continue
+            shape, begun = self._begun[token] = self._begun[item.token]
+            if self._lost(shape.type, number):
+                answers.append(TrackedObject(token, None, lost=True))
+            else:
+                moved = moved_by(shape.type, shape.points, number - begun)
+                answers.append(TrackedObject(token, Shape(shape.type, moved), lost=False))
+        return answers
+
+
+def moved_by(shape_type: str, points: Sequence[float], distance: int) -> list[float]:
+    """Return a shape further right."""
+    points = list(points)
+    first, columns = (len(points) - 4, 2) if shape_type == "mask" else (0, 2)
+    for index in range(first, len(points), columns):
+        points[index] += distance
+    return points
+
+
+class Desk:
+    """A server and the command on it, with an engine in the place of the model."""
+
+    def __init__(self, server: CvatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.server = server
+        self._monkeypatch = monkeypatch
+
+    def track(self, *options: str, engine: MovingEngine | None = None, job: int = 6) -> int:
+        """Run the command and return its exit code."""
+        self._monkeypatch.setattr(
+            track_task, "open_engine", lambda *_: MovingEngine() if engine is None else engine
+        )
+        what = [] if "--task" in options else ["--job", str(job)]
+        login = ["--server", self.server.url, "--auth", f"{USER}:{PASSWORD}"]
+        return track_task.main([*login, *what, *options])
+
+
+@pytest.fixture
+def desk_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[Task], Desk]]:
+    """Serve a task; journals lie in a folder of the test, and repeats do not wait."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("CVAT_ACCESS_TOKEN", raising=False)
+    monkeypatch.setattr(cvat_connection, "RETRY_PAUSES_S", (0.0, 0.0))
+    running = []
+
+    def serve(task: Task) -> Desk:
+        server = CvatServer(task)
+        server.__enter__()
+        running.append(server)
+        return Desk(server, monkeypatch)
+
+    yield serve
+    for server in running:
+        server.__exit__()
+
+
+@pytest.fixture
+def desk(desk_with: Callable[[Task], Desk]) -> Desk:
+    """A task of one job of 12 frames in chunks of 4."""
+    return desk_with(Task(frames_of(12)))
+
+
+def shape(
+    shape_type: str, points: Sequence[float], frame: int = 0, **fields: Any
+) -> dict[str, Any]:
+    """Return a shape as an annotator draws it."""
+    defaults = {"label_id": 6, "attributes": [{"spec_id": 1, "value": "big"}]}
+    return {"type": shape_type, "frame": frame, "points": list(points), **defaults, **fields}
+
+
+def keyframe(shape_type: str, frame: int, points: Sequence[float], **fields: Any) -> dict[str, Any]:
+    """Return a keyframe of a track."""
+    return {"type": shape_type, "frame": frame, "points": list(points), **fields}
+
+
+def visible(track: dict[str, Any]) -> dict[int, bool]:
+    """Return for each keyframe of a track whether the object is there."""
+    return {key["frame"]: not key["outside"] for key in track["shapes"]}
+
+
+def without_ids(value: Any) -> Any:
+    """Return JSON without ids, shapes by frame."""
+    if isinstance(value, dict):
+        return {name: without_ids(one) for name, one in value.items() if name != "id"}
+    if isinstance(value, list):
+        return sorted((without_ids(one) for one in value), key=repr)
+    return value

@@ -1,0 +1,363 @@
+"""From a CVAT task to tracks written back, against a CVAT server that keeps them as CVAT does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.cvat_server import MUTABLE, Call, Task
+from tests.task_desk import (
+    MASK,
+    POLYGON,
+    Desk,
+    MovingEngine,
+    desk,
+    desk_with,
+    frames_of,
+    keyframe,
+    moved_by,
+    shape,
+    visible,
+    without_ids,
+)
+
+__all__ = ["desk", "desk_with"]  # fixtures
+
+
+# ---------------------------------------------------------------------- what is written
+
+
+def test_a_polygon_becomes_a_track_and_a_mask_one_shape_per_frame(desk: Desk) -> None:
+    """The polygon's shape gives way to the track; the mask is grouped with what follows it."""
+    desk.server.add(6, "shapes", **shape("polygon", POLYGON, z_order=3, occluded=True, group=4))
+    desk.server.add(6, "shapes", **shape("mask", MASK))
+    code = desk.track("--batch", "5")
+    (track,) = desk.server.tracks(6)
+    masks = desk.server.shapes(6)
+
+    assert code == 0
+    assert visible(track) == dict.fromkeys(range(12), True)
+    for key in track["shapes"]:
+        assert key["points"] == moved_by("polygon", POLYGON, key["frame"])
+        assert (key["z_order"], key["occluded"]) == (3, True)
+    assert (track["source"], track["group"], track["label_id"]) == ("semi-auto", 4, 6)
+    assert track["attributes"] == [{"spec_id": 1, "value": "big"}]
+    assert [one["frame"] for one in masks] == list(range(12))
+    assert {one["group"] for one in masks} == {5}
+    assert [one["source"] for one in masks] == ["manual"] + ["semi-auto"] * 11
+    for one in masks:
+        assert one["points"] == moved_by("mask", MASK, one["frame"])
+        assert one["attributes"] == [{"spec_id": 1, "value": "big"}]
+
+
+def test_lost_objects_are_outside_until_they_are_found(desk: Desk) -> None:
+    """On both sides of a change there are keyframes; a mask is not drawn where it is lost."""
+    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    desk.server.add(6, "shapes", **shape("mask", MASK))
+    engine = MovingEngine(lost=lambda _, frame: 4 <= frame <= 6)
+    desk.track("--keyframe-every", "100", "--batch", "3", engine=engine)
+    (track,) = desk.server.tracks(6)
+
+    assert visible(track) == {0: True, 3: True, 4: False, 6: False, 7: True, 11: True}
+    assert [one["frame"] for one in desk.server.shapes(6)] == [0, 1, 2, 3, 7, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("batch", ["1", "4", "5", "50"])
+def test_batches_leave_no_trace(desk: Desk, batch: str) -> None:
+    """However often is written, the keyframes are those of one long batch."""
+    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    engine = MovingEngine(lost=lambda _, frame: frame == 8)
+    desk.track("--keyframe-every", "4", "--batch", batch, "--to-frame", "10", engine=engine)
+    (track,) = desk.server.tracks(6)
+
+    frames = {0: True, 4: True, 7: True, 8: False, 9: True, 10: True, 11: False}
+    assert visible(track) == frames
+
+
+def test_a_track_starts_between_its_keyframes_and_keeps_those_beyond(
+    desk_with: Callable[[Task], Desk],
+) -> None:
+    """The prompt is the interpolated position; attributes that change stay where they change."""
+    task = Task(frames_of(12))
+    task.labels[0]["attributes"].append(MUTABLE)
+    desk = desk_with(task)
+    jumping = [{"spec_id": 2, "value": "jumping"}]
+    desk.server.add(
+        6,
+        "tracks",
+        frame=0,
+        label_id=6,
+        group=0,
+        attributes=[{"spec_id": 1, "value": "big"}],
+        shapes=[
+            keyframe("rectangle", 0, [0, 0, 20, 20]),
+            keyframe("rectangle", 4, [8, 4, 28, 24], attributes=jumping, z_order=2),
+            keyframe("rectangle", 10, [8, 4, 28, 24], z_order=2),
+        ],
+    )
+    engine = MovingEngine()
+    desk.track("--from-frame", "2", "--to-frame", "6", "--keyframe-every", "100", engine=engine)
+    (track,) = desk.server.tracks(6)
+
+    assert engine.starts == [(2, [4.0, 2.0, 24.0, 22.0])]
+    assert [key["frame"] for key in track["shapes"]] == [0, 2, 4, 6, 10]
+    assert track["shapes"][2]["points"] == [6.0, 2.0, 26.0, 22.0]
+    poses = [key["attributes"] for key in track["shapes"]]
+    assert poses == [[{"spec_id": 2, "value": "standing"}]] * 2 + [jumping] * 3
+    assert [key["z_order"] for key in track["shapes"]] == [0, 0, 2, 2, 2]
+
+
+def test_only_what_was_asked_for_is_followed(desk: Desk) -> None:
+    """By label, by id; everything else stays as it is."""
+    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    chosen = desk.server.add(6, "shapes", **shape("polygon", POLYGON, label_id=7, attributes=[]))
+    desk.server.add(6, "shapes", **shape("points", [1, 1]))
+    desk.track("--label", "bed", "--to-frame", "3")
+    (first,) = desk.server.tracks(6)
+    left = desk.server.shapes(6)
+    desk.track("--objects", f"shape:{left[0]['id']}", "--to-frame", "4")
+
+    assert first["label_id"] == 7
+    assert len(left) == 2
+    assert chosen not in {one["id"] for one in left}
+    assert [track["label_id"] for track in desk.server.tracks(6)] == [7, 6]
+
+
+def test_backwards_goes_to_the_first_frame(desk: Desk) -> None:
+    """From the last frame that has objects; the track ends behind it."""
+    desk.server.add(6, "shapes", **shape("polygon", POLYGON, frame=7))
+    engine = MovingEngine()
+    desk.track("--backwards", "--batch", "3", engine=engine)
+    (track,) = desk.server.tracks(6)
+
+    assert engine.seen == list(range(7, -1, -1))
+    assert visible(track) == dict.fromkeys(range(8), True) | {8: False}
+    assert track["shapes"][0]["points"] == moved_by("polygon", POLYGON, -7)
+
+
+def test_tracking_again_replaces_what_tracking_made(desk: Desk) -> None:
+    """Grouped semi-auto masks are made anew; one that somebody drew stays, its frame is left."""
+    desk.server.add(6, "shapes", **shape("mask", MASK))
+    desk.server.add(6, "shapes", **shape("mask", moved_by("mask", MASK, 20), group=9))
+    desk.track()
+    drawn = desk.server.shapes(6, frame=5, group=10)[0]
+    desk.server.remove(6, "shapes", drawn["id"])
+    desk.server.add(6, "shapes", **shape("mask", MASK, frame=5, group=10))
+    other = desk.server.shapes(6, group=9)
+    desk.track(
+        "--from-frame", "2", "--objects", str(desk.server.shapes(6, frame=2, group=10)[0]["id"])
+    )
+    masks = desk.server.shapes(6, group=10)
+
+    assert [one["frame"] for one in masks] == list(range(12))
+    assert masks[5]["source"] == "manual"
+    assert masks[5]["points"] == MASK
+    assert desk.server.shapes(6, group=9) == other
+
+
+def test_a_dry_run_changes_nothing(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """It says what would be made of what, and asks for no frame."""
+    number = desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    before = desk.server.annotations(6)
+    code = desk.track("--dry-run")
+
+    assert code == 0
+    assert desk.server.annotations(6) == before
+    assert not [call for call in desk.server.calls if call.path.endswith("/data")]
+    assert not [call for call in desk.server.calls if call.method == "PATCH"]
+    out = capsys.readouterr().out
+    assert "job 6: 11 frames to track, 1 to 11" in out
+    assert f"shape:{number} child: polygon -> track" in out
+
+
+def test_a_summary_and_a_contact_sheet(
+    desk: Desk, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Frames, speed, and how often each object was lost."""
+    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    engine = MovingEngine(lost=lambda _, frame: frame in {3, 4})
+    desk.track("--out", str(tmp_path / "out"), engine=engine)
+    printed = capsys.readouterr()
+
+    assert "11 frames tracked" in printed.out
+    assert "lost on 2 of 11 frames" in printed.out
+    with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
+        assert sheet.width == 4 * 480
+
+
+# ---------------------------------------------------------------------- frames
+
+
+@pytest.mark.parametrize("video", [True, False])
+@pytest.mark.parametrize("options", [[], ["--backwards", "--from-frame", "11"]])
+def test_every_kind_of_task_gives_the_right_frames(
+    desk_with: Callable[[Task], Desk], *, video: bool, options: list[str]
+) -> None:
+    """Videos and images, with a first frame, a frame step and deleted frames."""
+    task = Task(frames_of(12), video=video, start=7, step=3, deleted=[2, 5, 6, 8], chunk_size=5)
+    desk = desk_with(task)
+    for frame in (0, 11):
+        desk.server.add(6, "shapes", **shape("polygon", POLYGON, frame=frame))
+    engine = MovingEngine()
+    code = desk.track(*options, engine=engine)
+    numbers = [0, 1, 3, 4, 7, 9, 10, 11]
+
+    assert code == 0
+    assert engine.seen == (numbers[::-1] if options else numbers)
+    keyframes = [key["frame"] for key in desk.server.tracks(6)[0]["shapes"]]
+    assert keyframes == numbers
+
+
+def test_honeypots_are_skipped_and_such_tasks_get_shapes(
+    desk_with: Callable[[Task], Desk], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CVAT refuses tracks there, and another picture would confuse the tracker."""
+    desk = desk_with(Task(frames_of(12), video=False, honeypots=[3, 9]))
+    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    engine = MovingEngine()
+    code = desk.track("--batch", "4", engine=engine)
+    shapes = desk.server.shapes(6)
+
+    assert code == 0
+    assert engine.seen == [frame for frame in range(12) if frame not in {3, 9}]
+    assert [one["frame"] for one in shapes] == engine.seen
+    assert len({one["group"] for one in shapes}) == 1
+    assert "skipped: 2 honeypot frames (3, 9)" in capsys.readouterr().out
+
+
+def test_the_next_chunk_is_fetched_while_the_model_works(desk: Desk) -> None:
+    """The model, on the first frame of a chunk, waits until the next one was asked for."""
+    asked = {index: threading.Event() for index in range(3)}
+    seen = []
+
+    def note(call: Call) -> None:
+        if call.path.endswith("/data"):
+            asked[int(call.query["index"])].set()
+
+    def wait(frame: int) -> None:
+        if frame in {0, 4}:
+            seen.append(asked[frame // 4 + 1].wait(60))
+
+    desk.server.before = note
+    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    desk.track(engine=MovingEngine(on_frame=wait))
+
+    assert seen == [True, True]
+
+
+def test_images_of_another_size_are_refused_before_anything_is_written(
+    desk_with: Callable[[Task], Desk], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An object cannot be followed through them."""
+    frames = [*frames_of(5), np.zeros((30, 30, 3), np.uint8)]
+    desk = desk_with(Task(frames, video=False))
+    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+
+    assert desk.track() == 1
+    assert "frame 5 has another size than frame 0" in capsys.readouterr().err
+    assert desk.track("--to-frame", "4") == 0
+
+
+# ---------------------------------------------------------------------- jobs of a task
+
+
+def overlapping(overlap: int = 3) -> Task:
+    """Return a task of jobs of 10 frames."""
+    return Task(frames_of(24), segment_size=10, overlap=overlap)
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 3])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_task_goes_job_by_job(
+    desk_with: Callable[[Task], Desk], *, overlap: int, backwards: bool
+) -> None:
+    """Every job has all of its frames, and shared frames are the same in both."""
+    task = overlapping(overlap)
+    desk = desk_with(task)
+    ranges = task.ranges()
+    job = list(ranges)[-1 if backwards else 0]
+    begin = 23 if backwards else 0
+    fields = {"frame": begin, "label_id": 6}
+    desk.server.add(job, "shapes", **shape("polygon", POLYGON, **fields))
+    desk.server.add(job, "shapes", **shape("mask", MASK, **fields))
+    engine = MovingEngine()
+    code = desk.track("--task", "6", "--batch", "4", *["--backwards"] * backwards, engine=engine)
+
+    assert code == 0
+    assert sorted(engine.seen) == list(range(24))
+    groups = set()
+    for number, frames in ranges.items():
+        (track,) = desk.server.tracks(number)
+        masks = desk.server.shapes(number)
+        assert visible(track) == dict.fromkeys(frames, True)
+        assert [one["frame"] for one in masks] == list(frames)
+        for key in track["shapes"]:
+            assert key["points"] == moved_by("polygon", POLYGON, key["frame"] - begin)
+        for one in masks:
+            assert one["points"] == moved_by("mask", MASK, one["frame"] - begin)
+        assert track["attributes"] == [{"spec_id": 1, "value": "big"}]
+        groups |= {one["group"] for one in masks}
+    assert groups == {1}
+
+
+def test_a_task_run_again_replaces_its_own_results(desk_with: Callable[[Task], Desk]) -> None:
+    """No job gets a second track of an object it has."""
+    desk = desk_with(overlapping())
+    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    desk.server.add(6, "shapes", **shape("mask", MASK))
+    desk.track("--task", "6")
+    before = [desk.server.annotations(job) for job in desk.server.data]
+    desk.track("--task", "6")
+    after = [desk.server.annotations(job) for job in desk.server.data]
+
+    for one, other in zip(before, after, strict=True):
+        for kind in ("shapes", "tracks"):
+            assert without_ids(one[kind]) == without_ids(other[kind])
+
+
+def test_what_somebody_drew_in_the_next_job_is_left_alone(
+    desk_with: Callable[[Task], Desk], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An object that is there already is not doubled."""
+    desk = desk_with(overlapping())
+    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    theirs = moved_by("polygon", POLYGON, 7)
+    desk.server.add(
+        7, "tracks", frame=7, label_id=6, shapes=[keyframe("polygon", 7, theirs)], attributes=[]
+    )
+    before = desk.server.annotations(7)
+    desk.track("--task", "6")
+
+    assert desk.server.annotations(7) == before
+    assert len(desk.server.tracks(6)) == 1
+    assert "somebody has drawn it in job 7: left alone" in capsys.readouterr().err
+
+
+def test_an_object_lost_at_the_overlap_is_handed_over_when_found(
+    desk_with: Callable[[Task], Desk],
+) -> None:
+    """Its track in the next job begins where it is seen."""
+    desk = desk_with(overlapping())
+    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    engine = MovingEngine(lost=lambda _, frame: 6 <= frame <= 12)
+    desk.track("--task", "6", "--to-frame", "16", engine=engine)
+    (track,) = desk.server.tracks(7)
+
+    assert visible(track) == dict.fromkeys(range(13, 17), True)
+    assert visible(desk.server.tracks(6)[0])[9] is False
+
+
+def test_a_job_without_objects_is_passed_over(desk_with: Callable[[Task], Desk]) -> None:
+    """The run begins in the first job that has any."""
+    desk = desk_with(overlapping())
+    desk.server.add(7, "shapes", **shape("polygon", POLYGON, frame=12))
+    desk.track("--task", "6")
+
+    assert not desk.server.tracks(6)
+    assert visible(desk.server.tracks(7)[0]) == dict.fromkeys(range(12, 17), True)
+    assert visible(desk.server.tracks(8)[0]) == dict.fromkeys(range(14, 24), True)

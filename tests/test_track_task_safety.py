@@ -1,0 +1,518 @@
+"""A run that is disturbed loses nothing, doubles nothing, and says in one line what is wrong."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import track_task
+from errors import TrackerError
+from tests.conftest import free_port
+from tests.cvat_server import LABELS, PASSWORD, TOKEN, USER, Call, CvatServer, Refusal, Task
+from tests.task_desk import (
+    MASK,
+    POLYGON,
+    Desk,
+    MovingEngine,
+    desk,
+    desk_with,
+    frames_of,
+    keyframe,
+    moved_by,
+    shape,
+    visible,
+    without_ids,
+)
+
+__all__ = ["desk", "desk_with"]  # fixtures
+
+Json = dict[str, Any]
+
+
+def two_jobs() -> Task:
+    """Return a task of two jobs of 10 frames that share 3."""
+    return Task(frames_of(17), segment_size=10, overlap=3)
+
+
+def draw(server: CvatServer) -> None:
+    """Draw a polygon and a mask, and what is nobody's business."""
+    server.add(6, "shapes", **shape("polygon", POLYGON))
+    server.add(6, "shapes", **shape("mask", MASK))
+    server.add(6, "shapes", **shape("rectangle", [1, 1, 5, 5], frame=4, label_id=7, attributes=[]))
+
+
+def everything(server: CvatServer) -> list[Any]:
+    """Return all annotations, without ids."""
+    return [without_ids(server.annotations(job)) for job in server.data]
+
+
+@pytest.fixture
+def undisturbed(desk_with: Callable[[Task], Desk]) -> list[Any]:
+    """What a run leaves that nobody disturbs."""
+    desk = desk_with(two_jobs())
+    draw(desk.server)
+    assert desk.track("--task", "6", "--batch", "4") == 0
+    return everything(desk.server)
+
+
+# ---------------------------------------------------------------------- interrupted and repeated
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("nth", range(9))
+def test_a_repeat_ends_as_if_nothing_had_happened(
+    desk_with: Callable[[Task], Desk], undisturbed: list[Any], nth: int, moment: str
+) -> None:
+    """Wherever the server is lost: before it writes, or when it has written and cannot say so."""
+    desk = desk_with(two_jobs())
+    draw(desk.server)
+    writes = 0
+
+    def count(call: Call) -> None:
+        nonlocal writes
+        writes += call.method == "PATCH"
+        if writes > nth:
+            raise Refusal(500, "lost")
+
+    setattr(desk.server, moment, count)
+    first = desk.track("--task", "6", "--batch", "4")
+    desk.server.before = desk.server.after = lambda _: None
+    engine = MovingEngine()
+    code = desk.track("--task", "6", "--batch", "4", engine=engine)
+
+    assert first == 6
+    assert code == 0
+    assert everything(desk.server) == undisturbed
+    assert engine.seen == sorted(set(engine.seen))
+    assert engine.seen[-1] == 16
+    # What stands is not tracked again: four frames in each two writes of a job.
+    assert engine.seen[0] >= {0: 0, 1: 0, 2: 4, 3: 4, 4: 8, 5: 8}.get(nth, 8)
+
+
+def test_ctrl_c_writes_what_is_found_and_a_repeat_goes_on(
+    desk_with: Callable[[Task], Desk],
+    undisturbed: list[Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The frame in flight is the last one."""
+    desk = desk_with(two_jobs())
+    draw(desk.server)
+
+    def interrupt(frame: int) -> None:
+        if frame == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    code = desk.track("--task", "6", "--batch", "4", engine=MovingEngine(on_frame=interrupt))
+    (track,) = desk.server.tracks(6)
+    engine = MovingEngine()
+    again = desk.track("--task", "6", "--batch", "4", engine=engine)
+
+    assert code == 130
+    assert visible(track) == dict.fromkeys(range(7), True) | {7: False}
+    assert "interrupted" in capsys.readouterr().out
+    assert again == 0
+    assert engine.seen == list(range(6, 17))
+    assert everything(desk.server) == undisturbed
+
+
+def test_a_second_ctrl_c_ends_at_once_and_loses_one_batch(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A repeat goes on after the batch before."""
+    draw(desk.server)
+
+    def interrupt(frame: int) -> None:
+        if frame == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    code = desk.track("--batch", "4", engine=MovingEngine(on_frame=interrupt))
+    engine = MovingEngine()
+    desk.track("--batch", "4", engine=engine)
+
+    assert code == 130
+    assert "goes on after the last batch" in capsys.readouterr().err
+    assert engine.seen == list(range(4, 12))
+    assert visible(desk.server.tracks(6)[0]) == dict.fromkeys(range(12), True)
+    assert [one["frame"] for one in desk.server.shapes(6, type="mask")] == list(range(12))
+
+
+def test_an_object_lost_when_interrupted_is_taken_up_where_it_was_seen(desk: Desk) -> None:
+    """The frames since then are looked at again, and nothing is written to them twice."""
+    draw(desk.server)
+
+    def interrupt(frame: int) -> None:
+        if frame == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def lost(shape_type: str, frame: int) -> bool:
+        return shape_type == "mask" and 4 <= frame <= 8
+
+    desk.track("--batch", "4", engine=MovingEngine(lost, interrupt))
+    engine = MovingEngine(lost)
+    desk.track("--batch", "4", engine=engine)
+
+    assert engine.seen == list(range(3, 12))
+    assert [start[0] for start in engine.starts] == [3, 7]
+    masks = [one["frame"] for one in desk.server.shapes(6, type="mask")]
+    assert masks == [0, 1, 2, 3, 9, 10, 11]
+
+
+def test_a_correction_before_the_repeat_counts(desk: Desk) -> None:
+    """It goes on from where the annotator has put the object."""
+    draw(desk.server)
+
+    def interrupt(frame: int) -> None:
+        if frame == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    desk.track(engine=MovingEngine(on_frame=interrupt))
+    moved = moved_by("polygon", POLYGON, 30)
+    desk.server.data[6]["tracks"][0]["shapes"][5]["points"] = moved
+    engine = MovingEngine()
+    desk.track(engine=engine)
+
+    assert (5, moved) in engine.starts
+    keyframes = desk.server.tracks(6)[0]["shapes"]
+    assert keyframes[5]["points"] == moved
+    assert keyframes[6]["points"] == moved_by("polygon", moved, 1)
+
+
+def test_restart_begins_anew(desk: Desk) -> None:
+    """The interrupted run is forgotten; its results are replaced."""
+    draw(desk.server)
+
+    def interrupt(frame: int) -> None:
+        if frame == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    desk.track(engine=MovingEngine(on_frame=interrupt))
+    engine = MovingEngine()
+    desk.track("--restart", engine=engine)
+
+    assert engine.seen == list(range(12))
+    assert len(desk.server.tracks(6)) == 1
+    assert [one["frame"] for one in desk.server.shapes(6, type="mask")] == list(range(12))
+
+
+def test_a_failing_engine_keeps_what_was_found(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its reason is the line that is printed."""
+    draw(desk.server)
+
+    def fail(frame: int) -> None:
+        if frame == 6:
+            raise TrackerError("the function has gone")
+
+    code = desk.track(engine=MovingEngine(on_frame=fail))
+
+    assert code == 1
+    assert "the function has gone" in capsys.readouterr().err
+    assert visible(desk.server.tracks(6)[0]) == dict.fromkeys(range(6), True) | {6: False}
+
+
+# ---------------------------------------------------------------------- the server and others
+
+
+def test_nothing_is_deleted_before_its_replacement_stands(desk: Desk) -> None:
+    """At no moment is a frame without an object that it had."""
+    draw(desk.server)
+    covered: list[set[int]] = []
+
+    def look(_: Call) -> None:
+        frames = {key["frame"] for track in desk.server.tracks(6) for key in track["shapes"]}
+        frames |= {one["frame"] for one in desk.server.shapes(6, type="polygon")}
+        masks = {one["frame"] for one in desk.server.shapes(6, type="mask")}
+        covered.extend([frames, masks])
+
+    desk.server.before = desk.server.after = look
+    desk.track("--batch", "3")
+    desk.track("--batch", "3", "--from-frame", "2")
+
+    # The marker behind a track's end moves on with it, and one frame may be left out for it.
+    for kind in (covered[0::2], covered[1::2]):
+        for before, after in itertools.pairwise(kind):
+            assert before <= after | {max(before)}
+        assert all(0 in frames for frames in kind)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_server_that_fails_once_is_asked_again_and_nothing_is_doubled(
+    desk_with: Callable[[Task], Desk], undisturbed: list[Any], moment: str
+) -> None:
+    """Also when it had done what it could not confirm."""
+    desk = desk_with(two_jobs())
+    draw(desk.server)
+    failed: set[tuple[str, str, str]] = set()
+
+    def fail_once(call: Call) -> None:
+        key = (call.method, call.path, str(call.query))
+        if key not in failed and call.path != "/api/auth/login":
+            failed.add(key)
+            raise Refusal(502, "<html>Bad Gateway</html>")
+
+    setattr(desk.server, moment, fail_once)
+
+    assert desk.track("--task", "6", "--batch", "4") == 0
+    assert everything(desk.server) == undisturbed
+    assert len(failed) > 10
+
+
+def test_what_somebody_changes_meanwhile_is_theirs(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The changed object is left alone, the others go on; what is new stays."""
+    draw(desk.server)
+    desk.server.add(6, "shapes", **shape("ellipse", [40, 40, 50, 30]))
+    theirs: list[Json] = []
+
+    def annotate(frame: int) -> None:
+        if frame == 6:
+            track = next(
+                one
+                for one in desk.server.data[6]["tracks"]
+                if one["shapes"][0]["type"] == "polygon"
+            )
+            track["shapes"][2]["points"] = moved_by("polygon", POLYGON, 40)
+            theirs.append(without_ids(track))
+            desk.server.add(6, "shapes", **shape("polygon", POLYGON, frame=8))
+
+    code = desk.track("--batch", "4", engine=MovingEngine(on_frame=annotate))
+    tracks = desk.server.tracks(6)
+    polygon, ellipse = sorted(tracks, key=lambda one: one["shapes"][0]["type"], reverse=True)
+
+    assert code == 0
+    assert polygon["shapes"][2]["points"] == moved_by("polygon", POLYGON, 40)
+    assert visible(polygon) == dict.fromkeys(range(5), True) | {5: False}
+    assert visible(ellipse) == dict.fromkeys(range(12), True)
+    assert [one["frame"] for one in desk.server.shapes(6, type="mask")] == list(range(12))
+    assert len(desk.server.shapes(6, type="polygon", frame=8)) == 1
+    assert "child was changed by somebody after frame 4: left alone" in capsys.readouterr().err
+
+
+def test_what_somebody_deletes_meanwhile_stays_deleted(desk: Desk) -> None:
+    """An object that is not wanted any more does not come back."""
+    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    engine = MovingEngine(
+        on_frame=lambda frame: (
+            desk.server.remove(6, "tracks", desk.server.tracks(6)[0]["id"]) if frame == 6 else None
+        )
+    )
+    code = desk.track("--batch", "4", engine=engine)
+
+    assert code == 0
+    assert not desk.server.tracks(6)
+    assert engine.seen == list(range(9))  # nothing is left to track
+
+
+# ---------------------------------------------------------------------- in one line
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "code", "words"),
+    [
+        ("/api/jobs/6", (403, {"detail": "not yours"}), 5, "ask for the job to be assigned"),
+        ("/api/jobs/6", (404, {"detail": "No Job matches"}), 4, "check the number"),
+        ("/api/jobs/6", (500, "<html>oh</html>"), 6, "failed with 500"),
+        ("/api/jobs/6", (401, {"detail": "expired"}), 3, "check user, password, token"),
+        ("/api/jobs/6/annotations", (503, ""), 6, "failed with 503"),
+        ("/api/jobs/6/data", (500, "no chunk"), 6, "failed with 500"),
+        ("/api/jobs/6/data/meta", (200, "?"), 6, "is this a CVAT server"),
+    ],
+)
+def test_errors_of_the_server(
+    desk: Desk,
+    capsys: pytest.CaptureFixture[str],
+    path: str,
+    answer: tuple[int, object],
+    code: int,
+    words: str,
+) -> None:
+    """Each is one line that says what to do, with an exit code of its own."""
+    draw(desk.server)
+    if answer[0] == 200:
+        desk.server.raw[path] = b"<html>"
+    else:
+        desk.server.refuse[path] = answer
+
+    assert desk.track() == code
+    err = capsys.readouterr().err
+    assert words in err
+    lines = [line for line in err.splitlines() if "frame/s" not in line and line.strip()]
+    assert len(lines) == 1, err
+
+
+@pytest.mark.parametrize(("status", "code"), [(403, 5), (400, 8), (500, 6)])
+def test_errors_of_writing(
+    desk: Desk, capsys: pytest.CaptureFixture[str], status: int, code: int
+) -> None:
+    """Nothing is changed, and what was tracked is not tracked in silence to the end."""
+    draw(desk.server)
+    before = desk.server.annotations(6)
+
+    def refuse(call: Call) -> None:
+        if call.method == "PATCH":
+            raise Refusal(status, {"detail": "no"})
+
+    desk.server.before = refuse
+    engine = MovingEngine()
+
+    assert desk.track("--batch", "4", engine=engine) == code
+    assert desk.server.annotations(6) == before
+    assert max(engine.seen) <= 4
+    assert "track_task: " in capsys.readouterr().err
+
+
+def test_a_wrong_password(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 3; the password is not printed."""
+    code = track_task.main(["--server", desk.server.url, "--auth", f"{USER}:wr0ng", "--job", "6"])
+    err = capsys.readouterr().err
+
+    assert code == 3
+    assert "wrong user or password" in err
+    assert "wr0ng" not in err
+    assert err.count("\n") == 1
+
+
+def test_no_server(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 6."""
+    del desk
+    url = f"http://127.0.0.1:{free_port()}"
+    code = track_task.main(["--server", url, "--auth", f"{USER}:{PASSWORD}", "--job", "6"])
+    err = capsys.readouterr().err
+
+    assert code == 6
+    assert "does not answer" in err
+    assert err.count("\n") == 1
+
+
+def test_a_certificate_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+    desk: Desk,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Refused with 7, taken with --insecure or when it is named."""
+    del desk  # only its environment
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    both = tmp_path / "both.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    command += (
+        f" -keyout {key} -out {certificate} -subj /CN=cvat -addext subjectAltName=IP:127.0.0.1"
+    )
+    subprocess.run(command.split(), check=True, capture_output=True)
+    both.write_text(key.read_text() + certificate.read_text())
+    with CvatServer(Task(frames_of(3)), both) as server:
+        server.add(6, "shapes", **shape("polygon", POLYGON))
+        dry = ["--server", server.url, "--auth", f"{USER}:{PASSWORD}", "--job", "6", "--dry-run"]
+        refused = track_task.main(dry)
+        err = capsys.readouterr().err
+        insecure = track_task.main([*dry, "--insecure"])
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        named = track_task.main(dry)
+
+    assert (refused, insecure, named) == (7, 0, 0)
+    assert "SSL_CERT_FILE" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--label", "dog"], "expected one of bed, child"),
+        (["--objects", "99"], "nothing to track on any frame"),
+        (["--objects", "1,99"], "--objects 99: not on frame 0"),
+        (["--from-frame", "7"], "nothing to track on frame 7"),
+        (["--from-frame", "70"], "--from-frame 70 is not a frame to track on"),
+        (["--to-frame", "70"], "--to-frame 70 is not a frame to track on"),
+        (["--to-frame", "0"], "does not come after frame 0"),
+        (["--from-frame", "4", "--to-frame", "2"], "--backwards tracks towards frame 0"),
+    ],
+)
+def test_what_cannot_be_done(
+    desk: Desk, capsys: pytest.CaptureFixture[str], options: list[str], words: str
+) -> None:
+    """Exit code 1, and the line says what there is."""
+    draw(desk.server)
+
+    assert desk.track(*options) == 1
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_an_id_of_two_objects_needs_their_kind(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shapes and tracks are numbered apart in CVAT."""
+    number = desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    box = keyframe("rectangle", 0, [0, 0, 9, 9])
+    assert desk.server.add(6, "tracks", frame=0, label_id=6, shapes=[box]) == number
+
+    assert desk.track("--objects", str(number)) == 1
+    assert f"write shape:{number} or track:{number}" in capsys.readouterr().err
+    assert desk.track("--objects", f"track:{number}") == 0
+    assert len(desk.server.shapes(6)) == 1
+
+
+def test_a_journal_that_cannot_be_kept_stops_the_run_before_it_writes(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line says how to name another folder."""
+    draw(desk.server)
+    before = desk.server.annotations(6)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+
+    assert desk.track() == 1
+    assert "XDG_STATE_HOME" in capsys.readouterr().err
+    assert desk.server.annotations(6) == before
+
+
+# ---------------------------------------------------------------------- logging in, pages
+
+
+def test_a_token_and_an_organisation(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As cvat-cli takes them."""
+    draw(desk.server)
+    monkeypatch.setenv("CVAT_ACCESS_TOKEN", TOKEN)
+    code = track_task.main(["--server", desk.server.url, "--org", "us", "--job", "6", "--dry-run"])
+
+    assert code == 0
+    assert {call.headers.get("x-organization") for call in desk.server.calls} == {"us"}
+    assert not [call for call in desk.server.calls if call.path == "/api/auth/login"]
+
+
+def test_a_password_from_the_environment(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PASS, so that it is in no list of processes."""
+    draw(desk.server)
+    monkeypatch.setenv("PASS", PASSWORD)
+
+    assert (
+        track_task.main(["--server", desk.server.url, "--auth", USER, "--job", "6", "--dry-run"])
+        == 0
+    )
+
+
+def test_lists_are_read_to_their_last_page(desk_with: Callable[[Task], Desk]) -> None:
+    """CVAT gives ten at a time: of labels, and of jobs."""
+    labels = [
+        {"id": 10 + i, "name": f"label {i}", "attributes": [], "type": "any"} for i in range(12)
+    ]
+    task = Task(
+        frames_of(24), segment_size=2, overlap=0, job_ids=range(6, 18), labels=LABELS + labels
+    )
+    desk = desk_with(task)
+    desk.server.add(6, "shapes", **shape("polygon", POLYGON, label_id=21, attributes=[]))
+    code = desk.track("--task", "6", "--label", "label 11")
+
+    assert code == 0
+    assert [len(desk.server.tracks(job)) for job in range(6, 18)] == [1] * 12
