@@ -105,7 +105,7 @@ class Segmenter:
         with inference(self._device):
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous()
             pixels = functional.interpolate(
-                pixels.float() / 255,
+                pixels.float().div_(255),
                 (side, side),
                 mode="bilinear",
                 align_corners=False,
