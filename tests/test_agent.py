@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -243,13 +244,13 @@ def test_registering_tells_cvat_the_shapes(cvat: CvatStub, registered: int) -> N
     }
 
 
-def test_registering_needs_no_model(machine: Machine) -> None:
+def test_registering_needs_no_model() -> None:
     """A function for other machines can be registered where neither weights nor a GPU are."""
-    parameters = ["-p", "checkpoint=str:/not/here.pt", "-p", "device=str:cuda:99"]
+    from agent.tracking_function import create
 
-    done = machine.cli("create-native", "elsewhere", *FUNCTION_FILE, *parameters)
+    made = create(config="not_here.yaml", checkpoint="/not/here.pt", device="cuda:99")
 
-    assert done.returncode == 0, done.stderr
+    assert made.spec.supported_shape_types == {"mask", "polygon", "rectangle", "ellipse"}
 
 
 @pytest.mark.parametrize(
@@ -335,9 +336,10 @@ def test_lost_objects_come_out_as_the_functions(
     losing.kill()
 
     assert found == [expected.track(frame) for frame in range(1, 9)]
-    assert found[0][RECTANGLE] == SHAPES[RECTANGLE]
-    assert any(shapes[0] is None for shapes in found)
-    assert any(shapes[0] is not None for shapes in found)
+    rectangles = [shapes.pop(RECTANGLE) for shapes in found]
+    assert None not in rectangles
+    assert any(before == after for before, after in pairwise(rectangles))
+    assert {shape is None for shapes in found for shape in shapes} == {False, True}
 
 
 def test_objects_of_a_request_are_found_together(agent: Agent) -> None:
@@ -362,19 +364,27 @@ def test_agents_in_bursts_follow_one_track(pool: Machine, own: int, function: Fu
         return answer.result(timeout=0)
 
     states = burst(type="init_tracking", frame=0, shapes=[MASK])["states"]
-    found = [burst(type="track", frame=frame, states=states)["shapes"] for frame in (1, 2)]
+    found = burst(type="track", frame=1, states=states)["shapes"]
 
-    assert found == [expected.track(1), expected.track(2)]
+    assert found == expected.track(1)
 
 
 def test_another_agent_takes_over(pool: Machine, own: int, function: Function) -> None:
-    """An agent that is killed between two requests loses nothing: the next one goes on."""
+    """An agent that is killed between two requests loses nothing: the next one goes on.
+
+    Of the killed one no process stays behind with the model on the GPU.
+    """
     expected = Expected(function, SHAPES)
     first = pool.start_agent(own)
     states = first.start(SHAPES)
     found = [first.track(1, states)]
+    worker = first.worker
+    assert lives(worker)
 
-    first.kill()
+    first.process.kill()
+    first.process.wait()
+    while lives(worker):  # or the time limit of tests ends this
+        time.sleep(0.05)
     second = pool.start_agent(own)
     found += [second.track(frame, states) for frame in (2, 3)]
     second.kill()
@@ -395,22 +405,6 @@ def test_crashed_worker_loses_no_track(pool: Machine, own: int, function: Functi
     crashing.kill()
 
     assert found == [expected.track(1), expected.track(2)]
-
-
-def test_worker_ends_with_its_agent(pool: Machine, own: int) -> None:
-    """Of an agent that is killed no process stays behind with the model on the GPU."""
-    doomed = pool.start_agent(own)
-    doomed.start([MASK])
-    worker = doomed.worker
-    assert lives(worker)
-
-    doomed.process.kill()
-    doomed.process.wait()
-
-    deadline = time.monotonic() + 30
-    while lives(worker) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not lives(worker)
 
 
 def test_store_that_is_away_costs_no_track(

@@ -1,0 +1,62 @@
+"""`references.PerObjectLoop` as an auto-annotation function, for `benchmarks/agent.py`.
+
+cvat-cli function run-agent <id> --function-file benchmarks/reference_function.py
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import cvat_sdk.auto_annotation as cvataa
+from cvat_sdk.masks import decode_mask, encode_mask
+from PIL import Image
+
+# cvat-cli loads this file by its path; the project's modules lie in the folder above.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.references import LoopFrame, LoopObject, PerObjectLoop
+from model_loader import build_predictor, find_files, pick_device
+from settings import Settings
+
+
+class ReferenceFunction:
+    """A tracking function of masks, in cvat-sdk's sense; model and device from the settings."""
+
+    spec = cvataa.TrackingFunctionSpec(supported_shape_types=["mask"])
+
+    def __init__(self) -> None:
+        settings = Settings.from_env(os.environ)
+        model, _ = build_predictor(*find_files(settings), settings.image_size)
+        self._loop = PerObjectLoop(model.to(pick_device(settings.device)).eval())
+
+    def preprocess_image(
+        self,
+        context: cvataa.TrackingFunctionContext,  # noqa: ARG002  # cvat-sdk's interface
+        image: Image.Image,
+    ) -> LoopFrame:
+        """Encode a frame."""
+        return self._loop.encode(image)
+
+    def init_tracking_state(
+        self,
+        context: cvataa.TrackingFunctionShapeContext,  # noqa: ARG002  # cvat-sdk's interface
+        pp_image: LoopFrame,
+        shape: cvataa.TrackableShape,
+    ) -> LoopObject:
+        """Start an object."""
+        height, width = pp_image.size_hw
+        mask = decode_mask(shape.points, image_width=width, image_height=height)
+        return self._loop.start(pp_image, mask)
+
+    def track(
+        self,
+        context: cvataa.TrackingFunctionShapeContext,  # noqa: ARG002  # cvat-sdk's interface
+        pp_image: LoopFrame,
+        state: LoopObject,
+    ) -> cvataa.TrackableShape | None:
+        """Find an object."""
+        mask = self._loop.track(pp_image, state)
+        return cvataa.TrackableShape(type="mask", points=encode_mask(mask)) if mask.any() else None
+
+
+create = ReferenceFunction

@@ -1,0 +1,99 @@
+"""Other ways to track with SAM 2, to measure against; each as small as its idea allows."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torchvision.transforms.functional as vision
+from PIL import Image
+from sam2.sam2_video_predictor import SAM2VideoPredictor
+from torch.nn import functional
+
+from model_handler import IMAGE_MEAN, IMAGE_STD
+from shapes import Mask, SizeHW
+
+
+@dataclass(frozen=True, eq=False)
+class LoopFrame:
+    """A frame as `PerObjectLoop` encodes it: its size and what `track_step` takes."""
+
+    size_hw: SizeHW
+    inputs: dict[str, Any]
+
+
+@dataclass(eq=False)
+class LoopObject:
+    """What `PerObjectLoop` keeps of one object: whole outputs of its first and latest frames."""
+
+    step: int
+    first: dict[str, Any]
+    latest: OrderedDict[int, dict[str, Any]] = field(default_factory=OrderedDict)
+
+
+class PerObjectLoop:
+    """One object after another on a shared frame, with all that SAM 2 puts out kept in memory.
+
+    How CVAT's own SAM 2 function for agents tracks (cvat-ai/cvat, ai-models/tracker/sam2): float32,
+    the first and the seven latest outputs with their position encodings and masks; images and
+    prompts are resized in other ways than by SAM 2's predictor, so its masks drift from SAM 2's.
+
+    Args:
+        model: In evaluation mode, on its device.
+    """
+
+    def __init__(self, model: SAM2VideoPredictor) -> None:
+        self._model = model
+
+    @torch.inference_mode()
+    def encode(self, image: Image.Image) -> LoopFrame:
+        """Encode a frame for all objects on it."""
+        side = self._model.image_size
+        pixels = vision.to_tensor(vision.resize(image.convert("RGB"), [side, side]))
+        pixels = vision.normalize(pixels, list(IMAGE_MEAN), list(IMAGE_STD))
+        encoded = self._model.forward_image(pixels[None].to(self._model.device))
+        _, features, positions, sizes = self._model._prepare_backbone_features(encoded)  # noqa: SLF001  # as SAM 2's predictor
+        inputs = {
+            "current_vision_feats": features,
+            "current_vision_pos_embeds": positions,
+            "feat_sizes": sizes,
+        }
+        return LoopFrame((image.height, image.width), inputs)
+
+    @torch.inference_mode()
+    def start(self, frame: LoopFrame, mask: Mask) -> LoopObject:
+        """Begin an object at a mask `(H, W)`."""
+        side = self._model.image_size
+        prompt = torch.from_numpy(mask)[None, None].float()
+        prompt = functional.interpolate(prompt, (side, side), mode="bilinear") >= 0.5
+        prompt = prompt.float().to(self._model.device)
+        return LoopObject(0, self._step(frame, 0, mask_inputs=prompt, output_dict={}))
+
+    @torch.inference_mode()
+    def track(self, frame: LoopFrame, one: LoopObject) -> Mask:
+        """Find an object on the next frame and return its mask `(H, W)`."""
+        one.step += 1
+        outputs = {"cond_frame_outputs": {0: one.first}, "non_cond_frame_outputs": one.latest}
+        out = self._step(frame, one.step, mask_inputs=None, output_dict=outputs)
+        one.latest[one.step] = out
+        while len(one.latest) > self._model.num_maskmem:
+            one.latest.popitem(last=False)
+        logits = functional.interpolate(
+            out["pred_masks"], frame.size_hw, mode="bilinear", antialias=True
+        )
+        found: Mask = (logits[0, 0] > 0).cpu().numpy()
+        return found
+
+    def _step(self, frame: LoopFrame, step: int, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401  # SAM 2's own
+        out: dict[str, Any] = self._model.track_step(
+            frame_idx=step,
+            is_init_cond_frame=step == 0,
+            num_frames=step + 1,
+            point_inputs=None,
+            **frame.inputs,
+            **arguments,
+        )
+        kept = ("maskmem_features", "maskmem_pos_enc", "pred_masks", "obj_ptr")
+        return {name: out[name] for name in kept}
