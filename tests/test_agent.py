@@ -424,6 +424,21 @@ def test_store_that_is_away_costs_no_track(
     assert agent.track(1, states) == expected.track(1)
 
 
+def test_track_whose_steps_are_gone_is_refused(agent: Agent, redis_server: RedisServer) -> None:
+    """What fails while objects are found fails the request with its reason, not the agent."""
+    gone, kept = agent.start([MASK, MASK])
+    track = gone.partition(".")[0]
+    with redis_server.client() as client:
+        assert client.delete(f"sam2:{{{track}}}:step:{gone.partition('.')[2]}") == 1
+    worker = agent.worker
+
+    with pytest.raises(RequestFailedError, match=r"states\[1\] expired .* start the track again"):
+        agent.track(1, [kept, gone])
+
+    assert agent.track(1, [kept])[0]["type"] == "mask"
+    assert agent.worker == worker
+
+
 @pytest.mark.parametrize("state", ["rubbish", "a" * 22 + "." + "b" * 22, "", "{}", "a" * 10_000])
 def test_unknown_state_is_refused(agent: Agent, state: str) -> None:
     """A state that nobody was given is not found."""

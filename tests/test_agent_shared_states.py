@@ -146,7 +146,7 @@ def test_store_that_is_away_moves_nothing() -> None:
     [
         (None, 8, DIMS, "is not for task #8"),
         (None, 7, DIMS[::-1], "Image sizes .* are different"),
-        (f"{new_id()}.{new_id()}", 7, DIMS, "not found - possibly expired"),
+        (f"{'a' * 22}.{'b' * 22}", 7, DIMS, "not found - possibly expired"),
         ("rubbish", 7, DIMS, "not found - possibly expired"),
         (12, 7, DIMS, "not found - possibly expired"),
     ],
