@@ -11,7 +11,8 @@ import asyncio
 import importlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import uvicorn
@@ -20,7 +21,7 @@ from nuclio_sdk.logger import HumanReadableFormatter
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
@@ -30,8 +31,10 @@ from errors import MethodNotAllowedError, NotFoundError, TooLargeError, TrackerE
 # The module that Nuclio would import, by the function's name.
 DOORS = {"tracker": "main", "interactor": "interactor_main"}
 
-# Bodies held in memory while one of them is served: they may have 256 MB each.
+# Bodies held in memory while one of them is served: they may have 256 MB each. A caller who stops
+# in the middle of one must not keep its place.
 BODIES_AT_A_TIME = 4
+BODY_PATIENCE_S = 60.0
 
 
 def create_context() -> Context:
@@ -50,7 +53,11 @@ def create_app(context: Context, handler: Callable[[Context, Event], Response]) 
     async def serve(request: Request) -> HttpResponse:
         async with reading:
             try:
-                body = await _read_body(request, limit)
+                async with asyncio.timeout(BODY_PATIENCE_S):
+                    body = await _read_body(request, limit)
+            except (TimeoutError, ClientDisconnect):
+                reason = f"the body did not arrive within {BODY_PATIENCE_S:g} s"
+                return JSONResponse({"error": reason}, 400, {"Connection": "close"})
             except TooLargeError as err:
                 return JSONResponse({"error": str(err)}, err.status, {"Connection": "close"})
             async with one_at_a_time:
@@ -71,7 +78,13 @@ def create_app(context: Context, handler: Callable[[Context, Event], Response]) 
             headers = err.headers
         return JSONResponse({"error": str(known)}, known.status, headers)
 
+    @asynccontextmanager
+    async def until_stopped(_: Starlette) -> AsyncIterator[None]:
+        yield
+        context.platform._on_signal("termination")  # noqa: SLF001  # as Nuclio's wrapper does
+
     return Starlette(
+        lifespan=until_stopped,
         routes=[
             Route("/", serve, methods=["POST"]),
             Route("/healthz", health, methods=["GET"]),

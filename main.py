@@ -71,6 +71,8 @@ def _start_up(context: Context) -> Service:
         )
     store = open_store(settings)
     _wait_for(store)
+    # Called between two events, so the running one is answered first.
+    context.platform.set_termination_callback(store.close)
     tracker = build_tracker(settings, store)
     if settings.redis is None:
         context.logger.warn_with(

@@ -141,10 +141,18 @@ def build_predictor(
         )
     try:
         checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-        model.load_state_dict(checkpoint["model"])
-    except Exception as err:  # a damaged archive raises almost anything
+    except Exception:  # noqa: BLE001  # a damaged archive raises almost anything
+        # Not in PyTorch's words, which advise to run the code that a checkpoint may hold.
         raise SettingsError(
-            f"{checkpoint_path} does not hold weights for {config_path}: {str(err)[:300]}"
+            f"{checkpoint_path} does not hold weights for {config_path}: it is damaged, or no file "
+            "of plain tensors"
+        ) from None
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, RuntimeError, AttributeError) as err:
+        reason = " ".join(str(err).split())[:300]
+        raise SettingsError(
+            f"{checkpoint_path} does not hold weights for {config_path}: {reason}"
         ) from err
     return model, _fingerprint(OmegaConf.to_container(options, resolve=True), checkpoint_path)
 

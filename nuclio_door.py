@@ -70,7 +70,8 @@ def to_json(body: dict[str, Any]) -> str:
 
 def _cause(err: Exception) -> str | None:
     """Return what a library said behind an error of ours: for the log, not for the caller."""
-    return None if err.__cause__ is None else repr(err.__cause__)
+    cause = err.__cause__
+    return None if cause is None else f"{type(cause).__name__}: {cause}"  # redis-py's repr is mute
 
 
 def _response(body: str, status: int = 200) -> Response:

@@ -329,6 +329,8 @@ def translated_errors() -> Iterator[None]:
         yield
     except (redis.RedisError, OSError, ValueError, LookupError, RecursionError) as err:
         # All but the first are what redis-py makes of answers that no Redis server gives.
+        # Servers repeat the arguments of a command that they do not know; AUTH's is the password.
+        err.args = tuple(str(word).partition(", with args")[0] for word in err.args)
         # The kind is enough for a caller; the log gets the server's words as well.
         unavailable = StateStoreUnavailableError(
             f"the state store failed ({type(err).__name__}): nothing is lost, repeat the request"
