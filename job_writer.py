@@ -222,12 +222,15 @@ class JobWriter:
         return self._largest_group
 
 
-def recover(store: AnnotationStore, kept: Json) -> tuple[int, list[Followed]]:
+def recover(
+    store: AnnotationStore, kept: Json, *, change: bool = True
+) -> tuple[int, list[Followed]]:
     """Bring an interrupted batch to its end if it was begun on the server, else drop it.
 
     Args:
         store: The server.
         kept: The journal's last state.
+        change: Whether to delete what the batch had still to delete.
 
     Returns:
         The frame that was written last, and the objects as they were then.
@@ -246,7 +249,8 @@ def recover(store: AnnotationStore, kept: Json) -> tuple[int, list[Followed]]:
         ]
         for name in LISTS
     }
-    _delete(store, kept["job"], pending["deleted"] | unchanged)
+    if change:
+        _delete(store, kept["job"], pending["deleted"] | unchanged)
     then = pending["then"]
     objects = [Followed.from_json(one) for one in then["objects"]]
     _stand_for(objects, pending, ids)

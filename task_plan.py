@@ -72,9 +72,23 @@ class Plan:
 
 
 def make_plan(
-    server: CvatConnection, job_ids: Sequence[int], request: Request, journal: Journal
+    server: CvatConnection,
+    job_ids: Sequence[int],
+    request: Request,
+    journal: Journal,
+    *,
+    restart: bool = False,
+    dry: bool = False,
 ) -> Plan:
-    """Find out what to track from where; nothing is changed but what an interrupted run left open.
+    """Find out what to track from where.
+
+    Args:
+        server: It is asked; an interrupted batch is brought to its end there.
+        job_ids: By their first frames.
+        request: What was asked for.
+        journal: How far an interrupted run of the same request came.
+        restart: Whether to begin anew all the same.
+        dry: Whether to leave the server as it is.
 
     Raises:
         CvatError: The server does not answer as it should.
@@ -90,8 +104,8 @@ def make_plan(
     if target not in frames:
         raise BadRequestError(f"--to-frame {target} is not a frame to track on: {_span(frames)}")
 
-    repeat = _repeat(server, jobs, journal, target)
-    if repeat is not None:
+    repeat = _repeat(server, jobs, journal, target, dry=dry)
+    if repeat is not None and not restart:
         _check_sizes(repeat, request)
         return repeat
 
@@ -119,14 +133,14 @@ def make_plan(
 
 
 def _repeat(
-    server: CvatConnection, jobs: Sequence[Job], journal: Journal, target: int
+    server: CvatConnection, jobs: Sequence[Job], journal: Journal, target: int, *, dry: bool
 ) -> Plan | None:
     """Return the plan that goes on where an interrupted run has ended, if there was one."""
     kept = journal.load()
     at = next((at for at, job in enumerate(jobs) if kept and job.id == kept["job"]), None)
     if kept is None or at is None:
         return None
-    anchor, objects = recover(server, kept)
+    anchor, objects = recover(server, kept, change=not dry)
     annotations = server.annotations(jobs[at].id)
     objects = [one for one in objects if resume(one, annotations, anchor)]
     if not objects:

@@ -93,16 +93,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1")
+    return int(text)
 
 
 def _object_names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(","))
     if not all(re.fullmatch(r"((shape|track):)?\d+", name) for name in names):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r}: expected ids: 12,13 or shape:12,track:13")
     return names
 
 
@@ -142,9 +141,9 @@ def _main(
     asked["objects"] = list(request.objects)  # as JSON gives it back
     journal = Journal(platformdirs.user_state_path("sam2-cvat-tracker"), asked)
     job_ids = [options.job] if options.task is None else server.task_jobs(options.task)
-    if options.restart:
-        journal.forget()
-    plan = make_plan(server, job_ids, request, journal)
+    plan = make_plan(
+        server, job_ids, request, journal, restart=options.restart, dry=options.dry_run
+    )
     print("\n".join(describe(plan, request)), flush=True)
     if options.dry_run:
         return 0

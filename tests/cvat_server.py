@@ -25,7 +25,6 @@ from urllib.parse import parse_qsl, urlsplit
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 Picture = npt.NDArray[np.uint8]  # (H, W, 3), RGB
 Json = dict[str, Any]
@@ -148,6 +147,7 @@ class CvatServer:
         after: Called when a request was served and before it is answered; may raise `Refusal` too.
         refuse: By path, a status and body to answer instead.
         raw: By path, bytes to answer instead, as if all were well.
+        chunks: Those made so far, by job and index.
     """
 
     def __init__(self, task: Task, certificate: Path | None = None) -> None:
@@ -159,6 +159,7 @@ class CvatServer:
         self.raw: dict[str, bytes] = {}
         self.data: dict[int, Json] = {job: _empty() for job in task.ranges()}
         self._ids = {name: itertools.count(1) for name in ("tags", "shapes", "tracks", "tracked")}
+        self.chunks: dict[tuple[int, int], bytes] = {}
         self._lock = threading.RLock()
         server = self
 
@@ -407,11 +408,14 @@ class CvatServer:
             if number not in frames:
                 raise Refusal(400, f"Incorrect requested frame number: {number}")
             return 200, "image/png", _png(self.frame(number))
-        size, index = self.task.chunk_size, int(query["index"])
-        pictures = [self.frame(number) for number in frames[index * size : (index + 1) * size]]
-        if self.task.video:
-            return 200, "video/mp4", _video(pictures)
-        return 200, "application/zip", _archive(pictures)
+        index = int(query["index"])
+        if (job, index) not in self.chunks:
+            size = self.task.chunk_size
+            pictures = [self.frame(number) for number in frames[index * size : (index + 1) * size]]
+            make = encode_video if self.task.video else _archive
+            self.chunks[job, index] = make(pictures)
+        kind = "video/mp4" if self.task.video else "application/zip"
+        return 200, kind, self.chunks[job, index]
 
     # -------------------------------------------------------------- annotations
 
@@ -543,9 +547,7 @@ def _page(items: list[Json], query: dict[str, str]) -> Json:
 
 
 def _png(picture: Picture) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG", compress_level=1)
-    return file.getvalue()
+    return cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
 def _archive(pictures: Sequence[Picture]) -> bytes:
@@ -556,11 +558,11 @@ def _archive(pictures: Sequence[Picture]) -> bytes:
     return file.getvalue()
 
 
-def _video(pictures: Sequence[Picture]) -> bytes:
+def encode_video(pictures: Sequence[Picture], codec: str = "FFV1") -> bytes:
+    """Return an MP4; by default a lossless one."""
     with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
         height, width = pictures[0].shape[:2]
-        codec = cv2.VideoWriter.fourcc(*"FFV1")  # lossless
-        writer = cv2.VideoWriter(file.name, codec, 25, (width, height))
+        writer = cv2.VideoWriter(file.name, cv2.VideoWriter.fourcc(*codec), 25, (width, height))
         for picture in pictures:
             writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
         writer.release()

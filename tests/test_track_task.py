@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
+import task_run
 from tests.cvat_server import MUTABLE, Call, Task
 from tests.task_desk import (
     MASK,
@@ -188,6 +192,28 @@ def test_a_summary_and_a_contact_sheet(
     assert "lost on 2 of 11 frames" in printed.out
     with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
         assert sheet.width == 4 * 480
+
+
+def test_the_bar_tells_frame_objects_lost_and_speed(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For whoever waits."""
+    screen = io.StringIO()
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *, disable: bool | None, **options: Any) -> None:
+            del disable  # as there is no terminal here
+            super().__init__(file=screen, mininterval=0, ncols=200, **options)
+
+    monkeypatch.setattr(task_run, "tqdm", Bar)
+    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    desk.track(engine=MovingEngine(lost=lambda _, frame: frame == 11))
+    last = screen.getvalue().rstrip().rpartition("\r")[2]
+
+    assert last.startswith("frame 11: 100%")
+    assert "11/11" in last
+    assert "frame/s" in last or "s/frame" in last
+    assert "lost=1, objects=1" in last
 
 
 # ---------------------------------------------------------------------- frames

@@ -185,21 +185,34 @@ def test_a_correction_before_the_repeat_counts(desk: Desk) -> None:
     assert keyframes[6]["points"] == moved_by("polygon", moved, 1)
 
 
-def test_restart_begins_anew(desk: Desk) -> None:
-    """The interrupted run is forgotten; its results are replaced."""
+def test_restart_begins_anew(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """A batch that was half written is brought to its end, and then all is replaced."""
     draw(desk.server)
+    lost: list[Call] = []
 
-    def interrupt(frame: int) -> None:
-        if frame == 5:
-            os.kill(os.getpid(), signal.SIGINT)
+    def lose(call: Call) -> None:
+        if call.is_("delete") or lost:
+            lost.append(call)
+            raise Refusal(500, "lost")
 
-    desk.track(engine=MovingEngine(on_frame=interrupt))
+    desk.server.before = lose
+    desk.track("--batch", "4")
+    desk.server.before = lambda _: None
+    half_written = desk.server.annotations(6)
+    dry = desk.track("--batch", "4", "--dry-run")
+    unchanged = desk.server.annotations(6)
+    said = capsys.readouterr().out
     engine = MovingEngine()
-    desk.track("--restart", engine=engine)
+    desk.track("--batch", "4", "--restart", engine=engine)
 
+    assert len(half_written["shapes"]) > 5
+    assert dry == 0
+    assert "going on after frame 4" in said
+    assert unchanged == half_written
     assert engine.seen == list(range(12))
     assert len(desk.server.tracks(6)) == 1
     assert [one["frame"] for one in desk.server.shapes(6, type="mask")] == list(range(12))
+    assert not desk.server.shapes(6, type="polygon")
 
 
 def test_a_failing_engine_keeps_what_was_found(
