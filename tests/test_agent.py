@@ -392,21 +392,6 @@ def test_another_agent_takes_over(pool: Machine, own: int, function: Function) -
     assert found == [expected.track(frame) for frame in (1, 2, 3)]
 
 
-def test_crashed_worker_loses_no_track(pool: Machine, own: int, function: Function) -> None:
-    """A worker that dies costs the request it was at; its successor continues the tracks."""
-    expected = Expected(function, [MASK])
-    crashing = pool.start_agent(own)
-    states = crashing.start([MASK])
-
-    os.kill(crashing.worker, signal.SIGKILL)
-    with pytest.raises(RequestFailedError, match="Worker process crashed"):
-        crashing.track(1, states)
-    found = [crashing.track(1, states), crashing.track(2, states)]
-    crashing.kill()
-
-    assert found == [expected.track(1), expected.track(2)]
-
-
 def test_store_that_is_away_costs_no_track(
     agent: Agent, redis_server: RedisServer, function: Function
 ) -> None:
