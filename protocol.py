@@ -22,6 +22,9 @@ from state_token import StateToken
 # What CVAT takes as frames; Pillow's rarer decoders stay out of reach of strangers. Pillow opens
 # MPO, a camera's JPEG with more pictures behind it, as JPEG; it knows no such name to open.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+# A decoder passes over the whole frame for each scan of a progressive JPEG, and a scan may have few
+# bytes. Encoders write about ten; the pictures behind the first one of a camera's file count too.
+MAX_JPEG_SCANS = 200
 # Our own limit below is lower and counts before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -241,6 +244,8 @@ def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             _check_size(image.size, limits)
+            if image.format in {"JPEG", "MPO"}:
+                _check_scans(data)
             yield image
     except TrackerError:
         raise
@@ -249,6 +254,14 @@ def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
             f"image cannot be decoded ({type(err).__name__}): expected one of "
             f"{', '.join(IMAGE_FORMATS)}"
         ) from err
+
+
+def _check_scans(data: bytes) -> None:
+    scans = data.count(b"\xff\xda")
+    if scans > MAX_JPEG_SCANS:
+        raise TooLargeError(
+            f"image has {scans} scans: at most {MAX_JPEG_SCANS} are allowed in a JPEG"
+        )
 
 
 def _check_size(size: tuple[int, int], limits: Limits) -> None:

@@ -7,6 +7,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from settings import RedisSettings
 from state_store import RedisStateStore, StepWrite, connect
 from state_token import StateToken
 from tests.conftest import Function, RedisServer
-from tests.faults import FRAMES, micro_environment, prompts
+from tests.faults import FRAMES, ROOT, micro_environment, prompts
+
+SECURITY = ROOT / "docs" / "security.md"
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +160,25 @@ def test_unknown_answer_of_a_cold_start_ends_it_at_once() -> None:
         store.ping()
 
     assert not failed.value.may_pass
+
+
+def test_rights_that_the_documentation_names_are_enough(
+    start_function: Callable[[dict[str, str]], Function], tmp_path: Path
+) -> None:
+    """An ACL user with these commands on these keys tracks, in a store of its own number too."""
+    rights = re.search(r"`(~sam2:\*)` and the commands ([A-Z, ]+) are enough", SECURITY.read_text())
+    assert rights is not None
+    server = RedisServer(tmp_path)
+    with server.client() as client:
+        commands = [f"+{name.lower()}" for name in rights[2].split(", ")]
+        client.execute_command(
+            "ACL", "SETUSER", "tracker", "on", ">hush", rights[1], "-@all", *commands
+        )
+    user = {"CVAT_FUNCTIONS_REDIS_USERNAME": "tracker", "CVAT_FUNCTIONS_REDIS_PASSWORD": "hush"}
+    function = start_function(micro_environment(tmp_path) | server.environment | user)
+    states = function.track(FRAMES[0], prompts(), [])["states"]
+    for frame in FRAMES[1:8]:
+        states = function.track(frame, [None] * len(states), states)["states"]
+    server.stop()
+
+    assert len(states) == 4
