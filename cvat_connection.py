@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import urllib3
@@ -101,10 +102,16 @@ class Job:
     tracks_allowed: bool
     labels: dict[int, Label]
 
-    @property
-    def usable(self) -> list[int]:
+    @cached_property
+    def usable(self) -> tuple[int, ...]:
         """Frames to track on, ascending."""
-        return [one for one in self.frames if one not in self.deleted | self.honeypots]
+        skipped = self.deleted | self.honeypots
+        return tuple(frame for frame in self.frames if frame not in skipped)
+
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """Where each frame is in the order of the chunks, by its number."""
+        return {frame: place for place, frame in enumerate(self.frames)}
 
     def size_hw(self, frame: int) -> tuple[int, int]:
         """Return a frame's height and width."""

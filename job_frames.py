@@ -47,11 +47,10 @@ def job_frames(
         CvatError: The server does not give a chunk.
         BadRequestError: A chunk holds fewer frames than it should.
     """
-    places = {number: place for place, number in enumerate(job.frames)}
     wanted = [
         (index, list(numbers_in))
         for index, numbers_in in itertools.groupby(
-            numbers, key=lambda number: places[number] // job.chunk_size
+            numbers, key=lambda number: job.places[number] // job.chunk_size
         )
     ]
     with ThreadPoolExecutor(1, "chunk") as executor:
@@ -61,7 +60,7 @@ def job_frames(
             if order + 1 < len(wanted):
                 coming = executor.submit(chunks.chunk, job.id, wanted[order + 1][0])
             first = index * job.chunk_size
-            offsets = [places[number] - first for number in numbers_in]
+            offsets = [job.places[number] - first for number in numbers_in]
             decode = _decode_video if job.is_video else _decode_images
             given = 0
             for number, frame in zip(numbers_in, decode(data, offsets), strict=False):

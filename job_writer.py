@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -99,6 +99,7 @@ class JobWriter:
         store: The server.
         job: The job.
         objects: What is followed; those that somebody else has changed leave the list.
+        before: The job's annotations when the run came to it.
         journal: Told before and after each batch.
         every: See `build_track`.
         anchor: The frame that was written last, or where the run starts.
@@ -110,6 +111,7 @@ class JobWriter:
         store: AnnotationStore,
         job: Job,
         objects: list[Followed],
+        before: Json,
         journal: Journal,
         *,
         every: int,
@@ -123,7 +125,7 @@ class JobWriter:
         self._every = every
         self.anchor = anchor
         self._largest_group = largest_group
-        self._shapes_before: list[Json] | None = None
+        self._shapes_before: list[Json] = before["shapes"]
         self._written = self._state()
 
     def keep(self) -> None:
@@ -142,8 +144,6 @@ class JobWriter:
         """
         now = self._store.annotations(self._job.id)
         notes = self._leave_what_others_changed(now)
-        if self._shapes_before is None:
-            self._shapes_before = now["shapes"]
         created, deleted, tracks_of = self._plan(now)
         for one in self.objects:
             one.found = []
@@ -164,7 +164,7 @@ class JobWriter:
         return notes
 
     def _state(self) -> Json:
-        objects = [asdict(one) for one in self.objects]
+        objects = [asdict(_without_track(one)) for one in self.objects]
         return {"job": self._job.id, "anchor": self.anchor, "objects": objects}
 
     def _leave_what_others_changed(self, now: Json) -> list[str]:
@@ -186,10 +186,7 @@ class JobWriter:
         created, deleted = empty(), empty()
         last = max([self.anchor, *(found.frame for one in self.objects for found in one.found)])
         next_frame = next((frame for frame in self._job.usable if frame > last), None)
-        ids_now = {shape["id"] for shape in now["shapes"]}
-        earlier, occupied = earlier_shapes(
-            self.objects, [one for one in self._shapes_before or [] if one["id"] in ids_now]
-        )
+        earlier, occupied = earlier_shapes(self.objects, self._shapes_still_there(now))
         deleted["shapes"] += earlier
         tracks_of: list[int | None] = []
         for index, one in enumerate(self.objects):
@@ -217,9 +214,26 @@ class JobWriter:
                 one.standing = None
         return created, _as_sent(deleted), tracks_of
 
+    def _shapes_still_there(self, now: Json) -> list[Json]:
+        """Return the shapes from before the run; one that somebody has changed since is theirs."""
+        now_by_id = {shape["id"]: shape for shape in now["shapes"]}
+        there = []
+        for shape in self._shapes_before:
+            current = now_by_id.get(shape["id"])
+            if current is not None:
+                there.append(shape if same(shape, current) else current | {"source": "manual"})
+        return there
+
     def _next_group(self, now: Json) -> int:
         self._largest_group = max(self._largest_group, largest_group(now)) + 1
         return self._largest_group
+
+
+def _without_track(one: Followed) -> Followed:
+    """Leave out what `resume` reads from the server again."""
+    if one.standing is None or one.kind == "shapes":
+        return one
+    return replace(one, like=one.like | {"shapes": []}, keyframes=[], start=None)
 
 
 def recover(

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -21,12 +21,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from cvat_annotations import largest_group
-from cvat_connection import CvatConnection, CvatError, Job
+from cvat_connection import CvatConnection, CvatError
 from engine import Engine
 from errors import TrackerError
 from followed_objects import Followed, hand_over
 from job_frames import job_frames
 from job_writer import JobWriter, Journal
+from keyframes import Json
 from pictures import ContactSheet, draw_masks
 from protocol import Continue, Start
 from shapes import Shape, ShapeType, shape_to_mask
@@ -84,7 +85,7 @@ def run(
     begin = time.monotonic()
     frames = [frame for _, frames in todo(plan, request) for frame in frames]
     sheet = _Sheet(out, frames)
-    objects, anchor = plan.objects, plan.anchor
+    objects, anchor, annotations = plan.objects, plan.anchor, plan.annotations
     elsewhere = 0
     if len(plan.jobs) > 1:
         elsewhere = max(largest_group(server.annotations(job.id)) for job in plan.jobs)
@@ -96,6 +97,7 @@ def run(
                 server,
                 job,
                 objects,
+                annotations,
                 journal,
                 every=request.every,
                 anchor=anchor,
@@ -111,7 +113,8 @@ def run(
             first = request.ordered(following)[0]
             if request.beyond(first, plan.target):
                 break
-            objects = loop.hand_over(writer.objects, following, first, anchor)
+            annotations = server.annotations(following.id)
+            objects = loop.hand_over(writer.objects, following.id, annotations, first, anchor)
             if not objects:
                 break
     outcome.seconds = time.monotonic() - begin
@@ -143,6 +146,7 @@ class _Loop:
         self._outcome = outcome
         self._stop = stop
         self._tokens: dict[int, StateToken] = {}  # by the id of the object's `Followed`
+        self._is_writing = False
         # Batches that end on a keyframe leave the same keyframes as one long batch would.
         self._batch = -(-request.batch // request.every) * request.every
 
@@ -184,23 +188,22 @@ class _Loop:
                     self._outcome.interrupted = True
                 if self._outcome.interrupted or not writer.objects:
                     break
-        except CvatError:
-            raise  # a server that gives no frames takes no annotations
         except TrackerError:
-            self._write(writer, last)
+            if not self._is_writing:  # what was found until then is worth keeping
+                with suppress(CvatError):
+                    self._write(writer, last)
             raise
         self._write(writer, last)
 
     def hand_over(
-        self, objects: Sequence[Followed], following: Job, first: int, anchor: int
+        self, objects: Sequence[Followed], job_id: int, annotations: Json, first: int, anchor: int
     ) -> list[Followed]:
         """Return the objects as the next job begins with them."""
-        annotations = self._server.annotations(following.id)
         handed = []
         for one in objects:
             heir = hand_over(one, annotations, first, anchor)
             if heir is None:
-                self._note(f"{one.name}: somebody has drawn it in job {following.id}: left alone")
+                self._note(f"{one.name}: somebody has drawn it in job {job_id}: left alone")
                 continue
             if id(one) in self._tokens:
                 self._tokens[id(heir)] = self._tokens[id(one)]
@@ -215,19 +218,15 @@ class _Loop:
             return []
         first = max(starts) if self._request.backwards else min(starts)
         low, high = sorted((first, writer.anchor))
-        numbers = {
-            frame
-            for job in self._plan.jobs[: at + 1]
-            for frame in job.frames
-            if frame in starts or (low <= frame <= high and frame in job.usable)
-        }
-        return sorted(numbers, reverse=self._request.backwards)
+        jobs = self._plan.jobs[: at + 1]
+        numbers = {frame for job in jobs for frame in job.usable if low <= frame <= high}
+        return sorted(numbers | set(starts), reverse=self._request.backwards)
 
     def _frames(self, at: int, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
         jobs = self._plan.jobs[at::-1]  # the newest that has the frame
 
         def place(number: int) -> int:
-            return next(place for place, job in enumerate(jobs) if number in job.frames)
+            return next(place for place, job in enumerate(jobs) if number in job.places)
 
         for which, group in groupby(numbers, key=place):
             yield from job_frames(self._server, jobs[which], list(group))
@@ -265,8 +264,10 @@ class _Loop:
         self._bar.update()
 
     def _write(self, writer: JobWriter, last: int) -> None:
+        self._is_writing = True
         for note in writer.write(last):
             self._note(note)
+        self._is_writing = False
 
     def _note(self, note: str) -> None:
         self._outcome.notes.append(note)

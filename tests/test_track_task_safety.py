@@ -326,6 +326,46 @@ def test_what_somebody_deletes_meanwhile_stays_deleted(desk: Desk) -> None:
     assert engine.seen == list(range(9))  # nothing is left to track
 
 
+def test_an_earlier_shape_that_somebody_corrects_meanwhile_stays(desk: Desk) -> None:
+    """Its frame is left to it."""
+    desk.server.add(6, "shapes", **shape("mask", MASK))
+    desk.track()
+    corrected = moved_by("mask", MASK, 2)
+
+    def correct(frame: int) -> None:
+        if frame == 5:
+            (there,) = (one for one in desk.server.data[6]["shapes"] if one["frame"] == 9)
+            there["points"] = corrected
+
+    desk.track("--batch", "4", engine=MovingEngine(on_frame=correct))
+    masks = desk.server.shapes(6)
+
+    assert [one["frame"] for one in masks] == list(range(12))
+    assert [one["frame"] for one in masks if one["points"] == corrected] == [2, 9]
+
+
+def test_a_chunk_that_does_not_come_keeps_what_was_found(desk: Desk) -> None:
+    """The frames before it are written, and a repeat begins behind them."""
+    draw(desk.server)
+
+    def refuse(call: Call) -> None:
+        if call.query.get("index") == "2":
+            raise Refusal(500, "no chunk")
+
+    desk.server.before = refuse
+    code = desk.track()
+    frames = visible(desk.server.tracks(6)[0])
+    desk.server.before = lambda _: None
+    engine = MovingEngine()
+    again = desk.track(engine=engine)
+
+    assert code == 6
+    assert frames == dict.fromkeys(range(8), True) | {8: False}
+    assert again == 0
+    assert engine.seen == list(range(7, 12))
+    assert visible(desk.server.tracks(6)[0]) == dict.fromkeys(range(12), True)
+
+
 # ---------------------------------------------------------------------- in one line
 
 
