@@ -26,6 +26,8 @@ from shapes import (
 
 Point = tuple[float, float]  # xy in the frame's pixels
 
+# CVAT's interface rounds a click to tell that it lies in the frame, and sends it as it was.
+CLICK_ROUNDING = 0.5  # pixels
 MAX_POINTS = 256  # far more than anybody clicks; each costs the mask decoder time
 EXTREME_POINTS = 4
 # how far, in parts of the box's width or height, a point may lie from the side that it holds
@@ -185,11 +187,14 @@ def _points(fields: dict[str, Any], name: str, size_hw: SizeHW) -> tuple[Point, 
         if not pair or not set(map(type, value)) <= {int, float}:
             raise BadRequestError(f"{name}[{index}] must be two numbers, x and y")
         x, y = value
-        if not (0 <= x <= width and 0 <= y <= height):  # NaN is nowhere
+        edge = CLICK_ROUNDING
+        if not (-edge <= x <= width + edge and -edge <= y <= height + edge):  # NaN is nowhere
             raise BadRequestError(
                 f"{name}[{index}] at {x!r:.20}, {y!r:.20} is outside the {width} x {height} frame"
             )
-        points.append((float(x), float(y)))
+        points.append(
+            (min(max(float(x), 0.0), float(width)), min(max(float(y), 0.0), float(height)))
+        )
     return tuple(points)
 
 

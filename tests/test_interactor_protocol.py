@@ -64,6 +64,13 @@ def test_points_keep_their_order_and_their_kind() -> None:
     assert parse(sent) == Prompt(((320.0, 180.0), (0.0, 0.0)), ((0.0, 180.0), (7.0, 7.0)))
 
 
+def test_click_on_the_edge_is_moved_into_the_frame() -> None:
+    """CVAT's interface rounds a click to tell that it lies in the frame, and sends it as it was."""
+    sent = body(pos_points=[[-0.5, 5.25], [320.5, 180.5]], neg_points=[[7, -0.3]])
+
+    assert parse(sent) == Prompt(((0.0, 5.25), (320.0, 180.0)), ((7.0, 0.0),))
+
+
 def test_box_is_cut_to_the_frame() -> None:
     """People drag past the edge."""
     assert parse(body(obj_bbox=[[-9, -9], [400, 100]])).box == (0.0, 0.0, 320.0, 100.0)
@@ -76,12 +83,13 @@ BAD: dict[str, tuple[Any, str]] = {
     "empty": (body(), "^nothing to segment: expected a box, or a positive point"),
     "empty box": (body(obj_bbox=[]), "^nothing to segment"),
     "negative point alone": (body(neg_points=[[5, 5]]), "^nothing to segment"),
-    "right of the frame": (body(pos_points=[[320.1, 5]]), r"^pos_points\[0\] at 320.1, 5 is out"),
+    "right of the frame": (body(pos_points=[[320.6, 5]]), r"^pos_points\[0\] at 320.6, 5 is out"),
     "below the frame": (body(pos_points=[[5, 5], [5, 181]]), r"^pos_points\[1\] at 5, 181 is"),
-    "left of the frame": (body(pos_points=[[-0.1, 5]]), "outside the 320 x 180 frame"),
+    "left of the frame": (body(pos_points=[[-0.6, 5]]), "outside the 320 x 180 frame"),
     "negative point outside": (
         body(pos_points=[[1, 1]], neg_points=[[1, -1]]), r"^neg_points\[0\] at 1, -1 is outside"),
     "NaN": (body(pos_points=[[math.nan, 5]]), r"^pos_points\[0\] at nan, 5 is outside"),
+    "NaN below": (body(pos_points=[[5, math.nan]]), r"^pos_points\[0\] at 5, nan is outside"),
     "infinity": (body(pos_points=[[5, math.inf]]), "at 5, inf is outside"),
     "endless number": (body(pos_points=[[10**400, 5]]), r"at 1000*, 5 is outside"),
     "text": (body(pos_points=[["1", "2"]]), r"^pos_points\[0\] must be two numbers"),
