@@ -22,13 +22,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-import sam2
 import torch
-from hydra.utils import instantiate
 from nuclio_sdk import Context, Event, Logger
-from omegaconf import OmegaConf
 
 import interactor_main as function
+from tests.random_weights import write_checkpoint
 
 CONFIG = "configs/sam2.1/sam2.1_hiera_t.yaml"
 FRAME_HW = (720, 1280)
@@ -43,7 +41,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = options.checkpoint or random_weights(Path(folder, "tiny.pt"))
+        checkpoint = options.checkpoint or write_checkpoint(CONFIG, Path(folder, "tiny.pt"))
         os.environ |= {"SAM2_CONFIG": CONFIG, "SAM2_CHECKPOINT": str(checkpoint)}
         os.environ.setdefault("SAM2_DEVICE", "cpu")
         context = Context(logger=Logger(level="INFO"), worker_id=0)
@@ -62,14 +60,6 @@ def main() -> None:
         "machine": machine(),
     }
     print(json.dumps(result, indent=1))
-
-
-def random_weights(path: Path) -> Path:
-    """Write a checkpoint of untrained weights."""
-    config = OmegaConf.load(Path(sam2.__path__[0]) / CONFIG)
-    model: torch.nn.Module = instantiate(config.model, _recursive_=True)
-    torch.save({"model": model.state_dict()}, path)
-    return path
 
 
 def time_clicks(context: Context, seed: int) -> list[float]:
