@@ -26,6 +26,7 @@ MEMORY_REACH = 6
 POINTER_REACH = 15
 
 MAX_STEPS = 1 << 31  # beyond every video
+MAX_CONDITIONING = 64  # each is a frame memory to read and attend to at every step
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +136,7 @@ def decode_state(data: bytes, *, step_id: str, fingerprint: str, obj_ptr_size: i
     if (
         tensors
         or not conditioning
+        or len(conditioning) > MAX_CONDITIONING
         or len(past) > POINTER_REACH
         or steps != sorted(set(steps))
         or not 0 <= steps[0] <= steps[-1] < MAX_STEPS
@@ -208,11 +210,11 @@ def _load(
     schema, found_kind, found_id, found_fingerprint = found
     if schema != str(SCHEMA_VERSION):
         raise StateMismatchError(
-            f"state has schema {schema!r}, this function reads {SCHEMA_VERSION}: start again"
+            f"state has schema {schema!r:.40}, this function reads {SCHEMA_VERSION}: start again"
         )
     if found_fingerprint != fingerprint:
         raise StateMismatchError(
-            f"state belongs to model {found_fingerprint}, this function runs {fingerprint}: "
+            f"state belongs to model {found_fingerprint:.40}, this function runs {fingerprint}: "
             "start the track again"
         )
     if (found_kind, found_id) != (kind, id_):

@@ -115,9 +115,12 @@ def hand_made(kind: str, token: StateToken, fingerprint: str) -> dict[str, bytes
         "another kind": safetensors_file({name: good}, **metadata | {"kind": "x"}),
         "another step": safetensors_file({name: good}, **metadata | {"id": new_id()}),
         "another model": safetensors_file({name: good}, **metadata | {"fingerprint": "x" * 5000}),
-        "a state that is no JSON": safetensors_file({name: good}, **metadata, state="{"),
-        "a state that is deep": safetensors_file({name: good}, **metadata, state="[" * 99_999),
     }  # fmt: skip
+    if kind == "step":
+        for name_of, state in (("no JSON", "{"), ("deep", "[" * 99_999), ("a list", "[1]")):
+            values[f"a state that is {name_of}"] = safetensors_file(
+                {name: good}, **metadata, state=state
+            )
     for other in (torch.float64, torch.int8, torch.bool, torch.float16, torch.uint8):
         values[str(other)] = safetensors_file({name: good.to(other)}, **metadata)
     for size in ((), (0,), (1, *shape), shape[:-1], (*shape[:-1], shape[-1] + 1)):
@@ -225,7 +228,8 @@ def test_states_made_by_hand_are_answered_or_refused(
         client.set(f"sam2:{{{track}}}:frame:{id_}", data, ex=60)
     token = StateToken(track, state.newest.id)
 
-    assert go_on(judge, token) in {200, 409, 410}
+    allowed = {410} if name == "countless prompts" else {200, 409, 410}
+    assert go_on(judge, token) in allowed
 
 
 def test_ids_made_by_hand_reach_no_other_keys(
