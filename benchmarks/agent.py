@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def start_agent(cvat: CvatStub, file: str, environment: dict[str, str]) -> tuple
     command = [sys.executable, "-m", "cvat_cli", "--server-host", cvat.url, "function"]
     command += ["run-agent", str(function), "--function-file", str(REPOSITORY / file)]
     return function, subprocess.Popen(  # noqa: S603  # our own program
-        command, env=os.environ | environment, stderr=subprocess.DEVNULL
+        command, env=os.environ | environment, stderr=subprocess.DEVNULL, start_new_session=True
     )
 
 
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         times[name].append(time.perf_counter() - begin)
         finally:
             for _, process in agents.values():
-                process.terminate()
+                os.killpg(process.pid, signal.SIGKILL)  # with its worker
                 process.wait()
             cvat.close()
             redis.stop()
