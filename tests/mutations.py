@@ -163,7 +163,7 @@ class Spoiler:
                     size = rng.choice((2, 4))
                     found[place : place + size] = (word & (256**size - 1)).to_bytes(
                         size,
-                        rng.choice(("big", "little")),  # type: ignore[arg-type]
+                        rng.choice(("big", "little")),
                     )
                 case _:
                     if rng.random() < 0.2:
