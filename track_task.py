@@ -1,7 +1,7 @@
 """Track objects through a job or a task on a CVAT server, from the command line.
 
-Owns the command line; what a run does is planned in `task_plan.py` and done in `task_run.py`. It
-needs more than the function: see `requirements-task.txt`.
+Owns the command line; the rooms behind it are in `cvat_task/`. It needs more than the function: see
+`requirements-task.txt`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import platformdirs
 import urllib3
 from cvat_sdk.core.auth import configure_client_auth_arguments
 
-from cvat_connection import CvatConnection, CvatError
+from cvat_task.connection import CvatConnection, CvatError
+from cvat_task.job_writer import Journal
+from cvat_task.loop import run
+from cvat_task.plan import BATCH_FRAMES, Request, describe, make_plan
 from engine import open_engine
 from errors import SettingsError, TrackerError
-from job_writer import Journal
-from task_plan import BATCH_FRAMES, Request, describe, make_plan
-from task_run import run
 
 EXIT_INTERRUPTED = 130
 

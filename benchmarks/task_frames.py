@@ -33,14 +33,14 @@ import torch
 from PIL import Image
 
 from clip_reader import open_clip
-from cvat_connection import CvatConnection
+from cvat_task.connection import CvatConnection
+from cvat_task.job_writer import Journal
+from cvat_task.loop import run
+from cvat_task.plan import Request, make_plan
 from engine import Engine, open_engine
-from job_writer import Journal
 from protocol import Continue, Start, decode_image, format_tracker_answer, parse_tracker_request
 from settings import Limits
 from state_token import StateToken, new_id
-from task_plan import Request, make_plan
-from task_run import run
 from tests.cvat_server import TOKEN, CvatServer, Picture, Task, encode_video
 from tracker import TrackedObject
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import cvat_connection
 import track_task
+from cvat_task import connection
 from protocol import Continue, Start
 from shapes import Shape, ShapeType
 from state_token import StateToken, new_id
@@ -106,7 +106,7 @@ def desk_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calla
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.delenv("CVAT_ACCESS_TOKEN", raising=False)
-    monkeypatch.setattr(cvat_connection, "RETRY_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(connection, "RETRY_PAUSES_S", (0.0, 0.0))
     running = []
 
     def serve(task: Task) -> Desk:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keyframes import position, upright
+from cvat_task.keyframes import position, upright
 from shapes import Shape, ShapeType, shape_to_mask
 
 # What the UI of CVAT 2.54 gave an action: tracks, and where they are between two keyframes.

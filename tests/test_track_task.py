@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from tqdm import tqdm
 
-import task_run
+from cvat_task import loop
 from tests.cvat_server import MUTABLE, Call, Task
 from tests.task_desk import (
     MASK,
@@ -205,7 +205,7 @@ def test_the_bar_tells_frame_objects_lost_and_speed(
             del disable  # as there is no terminal here
             super().__init__(file=screen, mininterval=0, ncols=200, **options)
 
-    monkeypatch.setattr(task_run, "tqdm", Bar)
+    monkeypatch.setattr(loop, "tqdm", Bar)
     desk.server.add(6, "shapes", **shape("polygon", POLYGON))
     desk.track(engine=MovingEngine(lost=lambda _, frame: frame == 11))
     last = screen.getvalue().rstrip().rpartition("\r")[2]

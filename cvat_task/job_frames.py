@@ -17,7 +17,7 @@ import cv2
 from PIL import Image
 
 from clip_reader import natural_order
-from cvat_connection import Job
+from cvat_task.connection import Job
 from errors import BadRequestError
 from protocol import decode_image
 from settings import Limits

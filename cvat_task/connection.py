@@ -21,9 +21,9 @@ from cvat_sdk.core.client import Client
 from cvat_sdk.core.exceptions import CvatSdkException
 from cvat_sdk.exceptions import ApiException, OpenApiException
 
+from cvat_task.followed_objects import Label
+from cvat_task.keyframes import Json
 from errors import BadRequestError, TrackerError
-from followed_objects import Label
-from keyframes import Json
 
 TIMEOUT_S = (10.0, 300.0)  # to connect; to wait for an answer, as a chunk may have to be made first
 # What may pass: too busy to make a chunk, restarting, behind a proxy that has lost it.

@@ -15,8 +15,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
-import cvat_connection
-from cvat_annotations import (
+from cvat_task import connection
+from cvat_task.annotations import (
     LISTS,
     build_shapes,
     build_track,
@@ -26,10 +26,10 @@ from cvat_annotations import (
     largest_group,
     same,
 )
-from cvat_connection import Job, ServerAwayError
+from cvat_task.connection import Job, ServerAwayError
+from cvat_task.followed_objects import Followed
+from cvat_task.keyframes import Json, ascending
 from errors import BadRequestError
-from followed_objects import Followed
-from keyframes import Json, ascending
 
 JOURNAL_VERSION = 1
 
@@ -277,7 +277,7 @@ def _create_once(store: AnnotationStore, job_id: int, pending: Json) -> list[int
     Returns:
         Ids of the created tracks.
     """
-    for pause_s in (*cvat_connection.RETRY_PAUSES_S, None):
+    for pause_s in (*connection.RETRY_PAUSES_S, None):
         try:
             answer = store.create(job_id, pending["created"])
             return [track["id"] for track in answer["tracks"]]

@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from followed_objects import SOURCE, Followed, Found, Label, overlap, series
-from keyframes import Json, ascending, covering, is_outside, merge_attributes
+from cvat_task.followed_objects import SOURCE, Followed, Found, Label, overlap, series
+from cvat_task.keyframes import Json, ascending, covering, is_outside, merge_attributes
 
 LISTS = ("shapes", "tracks")  # what of a job's annotations is followed and written
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from cvat_task.keyframes import Json, ascending, covering, is_outside, position, upright
 from errors import BadRequestError
-from keyframes import Json, ascending, covering, is_outside, position, upright
 from shapes import ShapeType
 
 SOURCE = "semi-auto"

@@ -20,19 +20,19 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from cvat_annotations import largest_group
-from cvat_connection import CvatConnection, CvatError
+from cvat_task.annotations import largest_group
+from cvat_task.connection import CvatConnection, CvatError
+from cvat_task.followed_objects import Followed, hand_over
+from cvat_task.job_frames import job_frames
+from cvat_task.job_writer import JobWriter, Journal
+from cvat_task.keyframes import Json
+from cvat_task.plan import Plan, Request, todo
 from engine import Engine
 from errors import TrackerError
-from followed_objects import Followed, hand_over
-from job_frames import job_frames
-from job_writer import JobWriter, Journal
-from keyframes import Json
 from pictures import ContactSheet, draw_masks
 from protocol import Continue, Start
 from shapes import Shape, ShapeType, shape_to_mask
 from state_token import StateToken
-from task_plan import Plan, Request, todo
 from tracker import TrackedObject
 
 SHEET_FRAMES = 12

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cvat_connection import CvatConnection, Job
+from cvat_task.connection import CvatConnection, Job
+from cvat_task.followed_objects import SOURCE, Followed, Wanted, choose, first_frame, resume, series
+from cvat_task.job_writer import Journal, recover
+from cvat_task.keyframes import Json
 from errors import BadRequestError
-from followed_objects import SOURCE, Followed, Wanted, choose, first_frame, resume, series
-from job_writer import Journal, recover
-from keyframes import Json
 
 BATCH_FRAMES = 50
 
