@@ -118,6 +118,18 @@ def test_repeated_prompt_is_answered_alike(model: SAM2VideoPredictor) -> None:
     assert np.array_equal(answers[0].mask, answers[3].mask)
 
 
+def test_scores_are_clamped_before_they_are_fed_back(model: SAM2VideoPredictor) -> None:
+    """As SAM2ImagePredictor does: a prompt encoder never saw larger ones."""
+    segmenter = make(model)
+    handle = model.sam_mask_decoder.register_forward_hook(
+        lambda _module, _inputs, outputs: (outputs[0] * 1e4, *outputs[1:])
+    )
+    segmenter.segment("a", picture, CLICK)
+    handle.remove()
+
+    assert segmenter._hints["a", CLICK].abs().max() == 32
+
+
 def test_hints_are_bounded(model: SAM2VideoPredictor) -> None:
     """However much is clicked."""
     segmenter = make(model)
