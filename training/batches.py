@@ -33,11 +33,14 @@ class Batch:
 class Phase:
     """A part of a run: its share of the steps, and the length and number of clips in a batch.
 
-    `mask_prompts` is the share of batches prompted by masks; the rest get boxes or clicks.
+    `aged` is how many frames after the first are followed without learning from them, so that the
+    later ones learn to go on from an old memory at little cost. `mask_prompts` is the share of
+    batches prompted by masks; the rest get boxes or clicks.
     """
 
     share: float
     frames: int
+    aged: int
     clips: int
     mask_prompts: float
 
@@ -62,6 +65,7 @@ class BatchStream(IterableDataset[Batch]):
         phases: tuple[Phase, ...],
         objects: int,
         image_size: int,
+        rank: int = 0,
     ) -> None:
         """Set up a stream.
 
@@ -71,7 +75,9 @@ class BatchStream(IterableDataset[Batch]):
             phases: The parts of the run, in order; their shares sum to 1.
             objects: Objects to follow in each clip, O.
             image_size: Side of the frames in pixels, S.
+            rank: Which of the processes that train together this is; each draws its own batches.
         """
+        self._rank = rank
         self._first = first
         self._steps = steps
         self._phases = phases
@@ -86,7 +92,7 @@ class BatchStream(IterableDataset[Batch]):
             yield self._make(number)
 
     def _make(self, number: int) -> Batch:
-        rng = np.random.default_rng([number, 4])
+        rng = np.random.default_rng([number, self._rank, 4])
         frames: list[Tensor] = []
         masks: list[Tensor] = []
         phase = find_phase(self._phases, number / self._steps)

@@ -75,7 +75,7 @@ def make_clip(
     scene = draw_scene(
         rng,
         objects=script.objects or int(rng.integers(2, 5)),
-        event=script.event or _EVENTS[int(rng.choice(3, p=(0.4, 0.3, 0.3)))],
+        event=script.event or _EVENTS[int(rng.choice(3, p=(0.3, 0.35, 0.35)))],
         lookalike=rng.random() < 0.4 if script.lookalike is None else script.lookalike,
         moment=rng.uniform(0.35, 0.65) * span,
         hidden=rng.uniform(*script.hidden) * stride,

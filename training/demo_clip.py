@@ -10,16 +10,16 @@ import numpy as np
 from shapes import ShapeType, mask_to_shape
 from training.clips import DEMO_SEEDS, Clip, Script, make_clip
 
-DEMO_SEED = DEMO_SEEDS[86]
+DEMO_SEED = DEMO_SEEDS[6]
 DEMO_FRAMES = 72
 DEMO_SIZE_HW = (360, 640)
 JPEG_QUALITY = 95
 
 # the first object is the one that is hidden for some frames
 PROMPTS = (
-    ("patch", ShapeType.MASK),
-    ("star", ShapeType.POLYGON),
-    ("kite", ShapeType.RECTANGLE),
+    ("oval", ShapeType.MASK),
+    ("pebble", ShapeType.POLYGON),
+    ("star", ShapeType.RECTANGLE),
 )
 
 

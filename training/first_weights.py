@@ -12,12 +12,11 @@ from sam2.modeling.sam2_base import SAM2Base
 # strengths of the first attention to the same place: some mass is left for other places
 _ROTARY_BIAS = 3.0
 _NEARBY_GAIN = 3.0
-_SIDE_GAIN = 2.0
-# Waves per half image of the position code, for each axis; SAM draws them from a normal
-# distribution. Below 0.25 a wave rises all the way, so that it tells left from right.
-_WAVES = np.geomspace(0.125, 2.0, 17)[:16]
-_SLOWEST, _SLOW, _MEDIUM = 0, 4, 8
-_HEAD_SIZE = 4
+_SIDE_GAIN = 5.0
+# how much of a token's own content its first self-attention keeps
+_SELF_GAIN = 2.0
+# prompts must be heard against the image's own features
+_PROMPT_GAIN = 3.0
 
 
 def set_first_weights(model: SAM2Base) -> None:
@@ -34,44 +33,111 @@ def set_first_weights(model: SAM2Base) -> None:
         for attention in (layer.self_attn, layer.cross_attn_image):
             for projection in (attention.q_proj, attention.k_proj):
                 torch.nn.init.constant_(projection.bias, _ROTARY_BIAS)
-    prompts = model.sam_prompt_encoder
-    none = np.zeros_like(_WAVES)
-    waves = np.stack([np.concatenate([_WAVES, none]), np.concatenate([none, _WAVES])])
-    code = prompts.pe_layer.positional_encoding_gaussian_matrix
-    code.copy_(torch.from_numpy(waves).to(code))
     with torch.no_grad():
-        # these are added to the position code and must not drown it
-        for embedding in (*prompts.point_embeddings, prompts.no_mask_embed):
-            embedding.weight.mul_(0.3)
-        transformer = model.sam_mask_decoder.transformer
-        _look_nearby(transformer.final_attn_token_to_image, range(4))
-        for layer in transformer.layers:
-            _look_nearby(layer.cross_attn_token_to_image, range(4))
-            _look_nearby(layer.cross_attn_image_to_token, range(4, 6))
-            _look_aside(layer.cross_attn_image_to_token)
+        _set_prompt_weights(model)
 
 
-def _look_nearby(attention: Attention, heads: range) -> None:
+def _set_prompt_weights(model: SAM2Base) -> None:
+    prompts = model.sam_prompt_encoder
+    code = prompts.pe_layer.positional_encoding_gaussian_matrix
+    waves = _Waves(code.shape[1])
+    code.copy_(torch.from_numpy(waves.matrix).to(code))
+    _keep_clear(model, waves)
+    transformer = model.sam_mask_decoder.transformer
+    # the first self-attention has no residual: where it mixes all tokens, a prompt's kind is lost
+    first = transformer.layers[0].self_attn
+    for projection in (first.q_proj, first.k_proj):
+        torch.nn.init.eye_(projection.weight).mul_(_SELF_GAIN)
+        torch.nn.init.zeros_(projection.bias)
+    _look_nearby(transformer.final_attn_token_to_image, range(4), waves)
+    for layer in transformer.layers:
+        _look_nearby(layer.cross_attn_token_to_image, range(4), waves)
+        _look_nearby(layer.cross_attn_image_to_token, range(4, 6), waves)
+        _look_aside(layer.cross_attn_image_to_token, waves)
+        layer.cross_attn_image_to_token.out_proj.weight.mul_(_PROMPT_GAIN)
+
+
+class _Waves:
+    """The position code's waves per half image; SAM draws them from a normal distribution.
+
+    Below 0.25 a wave rises all the way, so that it tells left from right. `matrix` is `(2, W)`.
+    """
+
+    def __init__(self, count: int) -> None:
+        """Spread `count` waves over both axes."""
+        self.per_axis = count // 2
+        waves = np.geomspace(0.125, 2.0, self.per_axis + 1)[:-1]
+        none = np.zeros_like(waves)
+        self.matrix = np.stack([np.concatenate([waves, none]), np.concatenate([none, waves])])
+        self.slowest, self.slow, self.medium, self.fast = (
+            eighths * self.per_axis // 8 for eighths in (0, 2, 4, 7)
+        )
+
+    def sine(self, axis: int, wave: int) -> int:
+        """Return the column of a sine in the code, which holds all sines, then all cosines."""
+        return axis * self.per_axis + wave
+
+    def cosine(self, axis: int, wave: int) -> int:
+        """Return the column of a cosine in the code."""
+        return self.sine(axis, wave) + 2 * self.per_axis
+
+
+def _keep_clear(model: SAM2Base, waves: _Waves) -> None:
+    """Let only the position code write to the columns that the heads above read it from."""
+    columns = [
+        column(axis, wave)
+        for column in (waves.sine, waves.cosine)
+        for axis in range(2)
+        for wave in (waves.slowest, waves.slow, waves.medium, waves.fast)
+    ]
+    prompts, decoder = model.sam_prompt_encoder, model.sam_mask_decoder
+    tokens = (
+        *prompts.point_embeddings,
+        prompts.not_a_point_embed,
+        prompts.no_mask_embed,
+        decoder.iou_token,
+        decoder.mask_tokens,
+        decoder.obj_score_token,
+    )
+    for token in tokens:
+        token.weight[:, columns] = 0
+    model.no_mem_embed[..., columns] = 0
+    norms = [model.memory_attention.norm]
+    for layer in decoder.transformer.layers:
+        norms += [layer.norm1, layer.norm2, layer.norm3, layer.norm4]
+    for norm in norms:
+        norm.weight[columns] = 0
+    # the neck's coarsest levels add up to the features that prompts meet
+    for conv in model.image_encoder.neck.convs[:2]:
+        conv.conv.weight[columns] = 0
+        conv.conv.bias[columns] = 0
+
+
+def _look_nearby(attention: Attention, heads: range, waves: _Waves) -> None:
     """Make heads attend to where the query's position code is the key's."""
+    size = attention.internal_dim // attention.num_heads
     for head in heads:
-        for axis in range(2):
-            row, wave = head * _HEAD_SIZE + 2 * axis, axis * len(_WAVES) + _MEDIUM
-            for offset in range(2):
-                # the code holds all sines, then all cosines
-                column = wave + offset * 2 * len(_WAVES)
-                _set_pair(attention, row + offset, column, column, _NEARBY_GAIN, 1.0)
+        places = [
+            column(axis, wave)
+            for axis in range(2)
+            for wave in (waves.medium, waves.fast)
+            for column in (waves.sine, waves.cosine)
+        ]
+        for offset, place in enumerate(places):
+            _set_pair(attention, head * size + offset, place, place, _NEARBY_GAIN, 1.0)
 
 
-def _look_aside(attention: Attention) -> None:
+def _look_aside(attention: Attention, waves: _Waves) -> None:
     """Make heads 0 to 3 attend to points to the left, right, above and below of the query."""
-    cosines = 2 * len(_WAVES)
+    size = attention.internal_dim // attention.num_heads
     for head in range(4):
         axis, sign = head // 2, (1.0, -1.0)[head % 2]
-        for part, speed in enumerate((_SLOWEST, _SLOW)):
-            row, sine = head * _HEAD_SIZE + 2 * part, axis * len(_WAVES) + speed
+        for part, speed in enumerate((waves.slowest, waves.slow)):
+            row = head * size + 2 * part
+            sine, cosine = waves.sine(axis, speed), waves.cosine(axis, speed)
             # sin(q - k) = sin q cos k - cos q sin k
-            _set_pair(attention, row, sine, sine + cosines, _SIDE_GAIN, sign)
-            _set_pair(attention, row + 1, sine + cosines, sine, _SIDE_GAIN, -sign)
+            _set_pair(attention, row, sine, cosine, _SIDE_GAIN, sign)
+            _set_pair(attention, row + 1, cosine, sine, _SIDE_GAIN, -sign)
 
 
 def _set_pair(

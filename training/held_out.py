@@ -15,7 +15,7 @@ HIDDEN_FRAMES = range(5, 11)
 MAX_OBJECTS = 3
 
 _PREVIEW_HW = (90, 160)
-_MIN_START_SHARE = 0.004
+_MIN_START_SHARE = 0.01
 # frames in view that the clip must show after the occlusion, to tell whether the object is found
 _MIN_FRAMES_AFTER = 6
 

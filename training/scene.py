@@ -92,7 +92,7 @@ def draw_scene(
     ground = draw_palette(rng)
     size_hw = (int(FRAME_WH[1]), int(FRAME_WH[0] * 0.8))
     background = draw_background(rng, size_hw, ground)
-    bodies = [_draw_body(rng, ground, radius=rng.uniform(24, 70)) for _ in range(objects)]
+    bodies = [_draw_body(rng, ground, radius=rng.uniform(36, 84)) for _ in range(objects)]
     hider: list[Body] = []
     if event != "none":
         bodies[0], occluder = _hide(rng, ground, bodies[0], event, moment, hidden)
@@ -199,7 +199,7 @@ def _hide(
     hidden: float,
 ) -> tuple[Body, Body]:
     """Give a body the path, and the scene the occluder, that hide it around `moment`."""
-    small = replace(body, radius=min(body.radius, rng.uniform(24, 48)))
+    small = replace(body, radius=min(body.radius, rng.uniform(36, 60)))
     cover = _draw_body(rng, ground, radius=1.0)
     still = Wave(1.0, np.zeros(1), np.zeros(1), np.zeros(1))
     calm = np.zeros((1, 4))

@@ -1,4 +1,8 @@
-"""Trains the bundled model on synthetic clips: `python -m training.train`, on a CPU or a GPU."""
+"""Trains the bundled model on synthetic clips: `python -m training.train`, on a CPU or a GPU.
+
+On a CPU, processes of one thread each are faster than one of many:
+`OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 -m training.train`. Each draws batches of its own.
+"""
 
 import argparse
 import json
@@ -10,7 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from tqdm import tqdm
 
 from training.batches import BatchStream, Phase, find_phase, load_batches
@@ -18,16 +22,16 @@ from training.losses import Losses, compute_losses
 from training.model import CHECKPOINT, build_model, write_checkpoint
 from training.unroll import PromptKind, Unroller
 
-# Clips grow, so that short memory is learnt cheaply before long memory; boxes and clicks are
-# followed once they give masks.
+# As SAM 2: images first, then clips; these grow, so that short memory is learnt cheaply before long
+# memory.
 PHASES = (
-    Phase(share=0.31, frames=3, clips=3, mask_prompts=1.0),
-    Phase(share=0.38, frames=4, clips=3, mask_prompts=0.9),
-    Phase(share=0.19, frames=6, clips=3, mask_prompts=0.85),
-    Phase(share=0.12, frames=8, clips=3, mask_prompts=0.85),
+    Phase(share=0.30, frames=1, aged=0, clips=4, mask_prompts=0.0),
+    Phase(share=0.28, frames=3, aged=0, clips=2, mask_prompts=0.8),
+    Phase(share=0.24, frames=8, aged=3, clips=2, mask_prompts=0.8),
+    Phase(share=0.18, frames=12, aged=7, clips=2, mask_prompts=0.8),
 )
 OBJECTS = 3
-PEAK_LEARNING_RATE = 9e-4
+PEAK_LEARNING_RATE = 1e-3
 LAST_LEARNING_RATE = 2e-5
 WARM_UP_STEPS = 40
 EMA_DECAY = 0.99
@@ -61,7 +65,7 @@ class Trainer:
     """One run: model, optimiser, moving average of the weights, and where they are kept."""
 
     def __init__(self, *, steps: int, run: Path, device: torch.device) -> None:
-        """Start a run, or take up the one kept in `run`."""
+        """Start a run, or take up the one kept in `run`; alike in all processes."""
         self.step = 0
         self._steps = steps
         self._run = run
@@ -81,14 +85,17 @@ class Trainer:
 
     def train_step(self, batch: Any) -> Losses:  # noqa: ANN401
         """Take one optimiser step."""
+        # alike in all processes, so that none waits long for the others
         rng = np.random.default_rng([self.step, 5])
-        kind, corrections, gap = draw_prompting(rng, find_phase(PHASES, self.step / self._steps))
+        phase = find_phase(PHASES, self.step / self._steps)
+        kind, corrections, gap = draw_prompting(rng, phase)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self._steps)
-        predictions = self._unroller(batch, kind, corrections, gap, rng)
+        predictions = self._unroller(batch, kind, corrections, gap, phase.aged, rng)
         losses = compute_losses(predictions, batch.masks.to(self.model.device), LOSS_SIDE)
         self._optimizer.zero_grad()
         losses.total.backward()  # type: ignore[no-untyped-call]  # torch ships none
+        self._share_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self._optimizer.step()
         self.step += 1
@@ -116,6 +123,24 @@ class Trainer:
         self.average = state["average"]
         self._optimizer.load_state_dict(state["optimizer"])
 
+    def _share_gradients(self) -> None:
+        """Average the gradients of all processes; a parameter without any counts as zeros."""
+        if not distributed.is_initialized():
+            return
+        parameters = list(self.model.parameters())
+        flat = torch.cat(
+            [
+                (torch.zeros_like(one) if one.grad is None else one.grad).flatten()
+                for one in parameters
+            ]
+        )
+        distributed.all_reduce(flat)
+        flat /= distributed.get_world_size()
+        begin = 0
+        for one in parameters:
+            one.grad = flat[begin : begin + one.numel()].view_as(one)
+            begin += one.numel()
+
     @torch.no_grad()
     def _update_average(self) -> None:
         # a young average forgets its random start faster
@@ -125,19 +150,28 @@ class Trainer:
             value.lerp_(current[name], 1 - decay)
 
 
+def join_processes() -> int:
+    """Join the processes that `torchrun` started, if it did; return which one this is."""
+    if not distributed.is_torchelastic_launched():
+        return 0
+    distributed.init_process_group("gloo")
+    return distributed.get_rank()
+
+
 def main() -> None:
     """Train, or go on training, and write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--run", type=Path, default=Path("training/runs/micro"))
+    parser.add_argument("--steps", type=int, default=1850)
+    parser.add_argument("--folder", type=Path, default=Path("training/runs/micro"))
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
     # numbers too small for the CPU's fast path slow it down many times
     torch.set_flush_denormal(True)
+    rank = join_processes()
     trainer = Trainer(
-        steps=arguments.steps, run=arguments.run, device=torch.device(arguments.device)
+        steps=arguments.steps, run=arguments.folder, device=torch.device(arguments.device)
     )
     stream = BatchStream(
         first=trainer.step,
@@ -145,25 +179,34 @@ def main() -> None:
         phases=PHASES,
         objects=OBJECTS,
         image_size=trainer.model.image_size,
+        rank=rank,
     )
     workers = max(1, (os.cpu_count() or 1) // 2)
-    bar = tqdm(load_batches(stream, workers), initial=trainer.step, total=arguments.steps)
-    arguments.run.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(
+        load_batches(stream, workers),
+        initial=trainer.step,
+        total=arguments.steps,
+        disable=rank > 0,
+    )
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     recent: list[dict[str, float]] = []
     for batch in bar:
         losses = trainer.train_step(batch)
+        if rank > 0:
+            continue
         recent.append({name: float(value.detach()) for name, value in vars(losses).items()})
         if trainer.step % LOG_EVERY_STEPS == 0:
             means = {name: float(np.mean([row[name] for row in recent])) for name in recent[0]}
             recent.clear()
             bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
-            with (arguments.run / "log.jsonl").open("a") as log:
+            with (arguments.folder / "log.jsonl").open("a") as log:
                 frames = batch.frames.shape[1]
                 log.write(json.dumps({"step": trainer.step, "frames": frames, **means}) + "\n")
         if trainer.step % SAVE_EVERY_STEPS == 0:
             trainer.save()
-    trainer.save()
-    write_checkpoint(trainer.average, arguments.out)
+    if rank == 0:
+        trainer.save()
+        write_checkpoint(trainer.average, arguments.out)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class Unroller:
         prompt: PromptKind,
         corrections: int,
         gap: int,
+        aged: int,
         rng: np.random.Generator,
     ) -> list[Prediction]:
         """Prompt on the first frame, follow through the others.
@@ -63,6 +64,7 @@ class Unroller:
             prompt: How the first frame is prompted, for all objects.
             corrections: Correction clicks on the first frame, after a box or a click.
             gap: Frames that passed unseen between the first and the second frame.
+            aged: Frames after the first that are followed without gradients and not returned.
             rng: Source of randomness for the prompts.
 
         Returns:
@@ -73,38 +75,43 @@ class Unroller:
         device = self._model.device
         clips, frames = batch.frames.shape[:2]
         objects = len(batch.masks) // clips
-        pixels = batch.frames.flatten(0, 1).to(device).permute(0, 3, 1, 2).float() / 255
-        encoded = self._model.forward_image((pixels - _MEAN.to(device)) / _STD.to(device))
+        pixels = batch.frames.to(device).permute(0, 1, 4, 2, 3).float() / 255
+        pixels = (pixels - _MEAN.to(device)) / _STD.to(device)
         owner = torch.arange(clips, device=device).repeat_interleave(objects)
-        predictions: list[Prediction] = []
         memory: dict[str, dict[int, Any]] = {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
-        for time in range(frames):
-            features = self._features(encoded, owner * frames + time)
-            if time == 0:
-                predictions += self._start(features, batch, prompt, corrections, memory, rng)
-                if prompt == "mask":
-                    # the decoder learns nothing from a mask prompt; the frame is encoded, so ask
-                    aside: PromptKind = "box" if rng.random() < 0.5 else "click"
-                    predictions += self._start(features, batch, aside, corrections, {}, rng)
-                continue
-            self._heard.clear()
-            moment = time + gap
-            memory["non_cond_frame_outputs"][moment] = self._model.track_step(
-                frame_idx=moment,
-                is_init_cond_frame=False,
-                point_inputs=None,
-                mask_inputs=None,
-                output_dict=memory,
-                num_frames=_MANY_FRAMES,
-                **features,
-            )
-            predictions.append(self._last_heard(time))
+        features = self._features(pixels[:, 0], owner)
+        predictions = self._start(features, batch, prompt, corrections, memory, rng)
+        if prompt == "mask":
+            # the decoder learns nothing from a mask prompt; the frame is encoded, so ask
+            aside: PromptKind = "box" if rng.random() < 0.5 else "click"
+            predictions += self._start(features, batch, aside, corrections, {}, rng)
+        for time in range(1, frames):
+            with torch.set_grad_enabled(time > aged):
+                self._follow(self._features(pixels[:, time], owner), time + gap, memory)
+            if time > aged:
+                predictions.append(self._last_heard(time))
         return predictions
 
-    def _features(self, encoded: dict[str, Any], images: Tensor) -> dict[str, Any]:
+    def _follow(
+        self, features: dict[str, Any], moment: int, memory: dict[str, dict[int, Any]]
+    ) -> None:
+        self._heard.clear()
+        memory["non_cond_frame_outputs"][moment] = self._model.track_step(
+            frame_idx=moment,
+            is_init_cond_frame=False,
+            point_inputs=None,
+            mask_inputs=None,
+            output_dict=memory,
+            num_frames=_MANY_FRAMES,
+            **features,
+        )
+
+    def _features(self, images: Tensor, owner: Tensor) -> dict[str, Any]:
+        """Encode one frame of each clip and hand each object the frame of its clip."""
+        encoded = self._model.forward_image(images)
         picked = {
-            "backbone_fpn": [level[images] for level in encoded["backbone_fpn"]],
-            "vision_pos_enc": [level[images] for level in encoded["vision_pos_enc"]],
+            "backbone_fpn": [level[owner] for level in encoded["backbone_fpn"]],
+            "vision_pos_enc": [level[owner] for level in encoded["vision_pos_enc"]],
         }
         _, feats, pos_embeds, sizes = self._model._prepare_backbone_features(picked)  # noqa: SLF001
         return {
