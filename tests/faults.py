@@ -93,7 +93,8 @@ class Replica:
     def __init__(self, environment: dict[str, str], *, log: Path | None = None) -> None:
         self.port = free_port()
         command = [sys.executable, "local_server.py", "--port", str(self.port)]
-        with (log or Path(os.devnull)).open("ab") as output:
+        self._log = log or Path(os.devnull)
+        with self._log.open("ab") as output:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
             )
@@ -102,7 +103,7 @@ class Replica:
     def wait(self) -> None:
         """Return when it is healthy."""
         while True:
-            assert self.process.poll() is None, "the replica did not start"
+            assert self.process.poll() is None, self._log.read_text()[-1000:]
             try:
                 if self.client.get("/healthz").is_success:
                     return

@@ -153,7 +153,8 @@ def spoil(inputs: int, seed: int) -> None:
         print(row(way, *(str(seen[status]) for status in statuses)))
     print(
         f"\nSlowest answer {slowest_s:.1f} s. Resident memory {warm_bytes / MB:.0f} MB after a "
-        f"tenth of them, {grown / MB:+.0f} MB at the end, {peak / MB:.0f} MB at most.\n"
+        f"tenth of them, {grown / MB:+.0f} MB at the end, {peak / MB:.0f} MB at most; "
+        "the tracks that were started are in it.\n"
     )
 
 
