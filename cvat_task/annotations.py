@@ -24,7 +24,8 @@ def empty() -> Json:
 
 def largest_group(annotations: Json) -> int:
     """Return the largest group number in use; 0 when there are no groups."""
-    return max((one["group"] or 0 for name in LISTS for one in annotations[name]), default=0)
+    names = ("tags", *LISTS)
+    return max((one["group"] or 0 for name in names for one in annotations[name]), default=0)
 
 
 # ------------------------------------------------------------------ results as tracks

@@ -84,7 +84,7 @@ class Job:
             frames in this order, `chunk_size` each.
         deleted: Those an annotator has deleted.
         honeypots: Those that show a frame of the validation set instead of their own.
-        sizes_hw: Height and width, of each frame or one for all.
+        sizes_hw: Height and width, of each of `frames` or one for all.
         chunk_size: Frames per chunk.
         is_video: Whether chunks are MP4 instead of ZIP files with images.
         tracks_allowed: Whether it takes tracks; jobs with honeypots do not.
@@ -115,7 +115,7 @@ class Job:
 
     def size_hw(self, frame: int) -> tuple[int, int]:
         """Return a frame's height and width."""
-        return self.sizes_hw[0 if len(self.sizes_hw) == 1 else frame - self.frames[0]]
+        return self.sizes_hw[0 if len(self.sizes_hw) == 1 else self.places[frame]]
 
 
 class CvatConnection:
@@ -162,7 +162,10 @@ class CvatConnection:
         numbers = meta["included_frames"] or range(
             meta["start_frame"], meta["start_frame"] + count * step, step
         )
-        frames = [job["start_frame"] + (one - meta["start_frame"]) // step for one in numbers]
+        frames = sorted(job["start_frame"] + (one - meta["start_frame"]) // step for one in numbers)
+        sizes_hw = [(one["height"], one["width"]) for one in meta["frames"]]
+        if len(sizes_hw) > 1:  # those between the frames of a ground-truth job are there too
+            sizes_hw = [sizes_hw[frame - job["start_frame"]] for frame in frames]
         has_honeypots = self._validation_mode(job["task_id"]) == "gt_pool"
         honeypots = (
             self._json("GET", f"/api/jobs/{job_id}/validation_layout").get("honeypot_frames", [])
@@ -172,10 +175,10 @@ class CvatConnection:
         return Job(
             id=job_id,
             task_id=job["task_id"],
-            frames=tuple(sorted(frames)),
+            frames=tuple(frames),
             deleted=frozenset(meta["deleted_frames"]),
             honeypots=frozenset(honeypots),
-            sizes_hw=tuple((one["height"], one["width"]) for one in meta["frames"]),
+            sizes_hw=tuple(sizes_hw),
             chunk_size=meta["chunk_size"],
             is_video=job["data_original_chunk_type"] == "video",
             tracks_allowed=not has_honeypots,

@@ -137,7 +137,7 @@ class JobWriter:
         """Write what was found up to a frame.
 
         Returns:
-            A line for each object that is no longer followed.
+            Lines about what somebody else has changed.
 
         Raises:
             CvatError: The server fails. A repeat finds out what was written and goes on.
@@ -148,7 +148,7 @@ class JobWriter:
         for one in self.objects:
             one.found = []
         self.anchor = frame
-        if created["shapes"] or created["tracks"]:
+        if any(changed[name] for changed in (created, deleted) for name in LISTS):
             pending = {
                 "created": created,
                 "deleted": deleted,
@@ -158,7 +158,13 @@ class JobWriter:
             }
             self._journal.keep(self._written | {"pending": pending})
             ids = _create_once(self._store, self._job.id, pending)
-            _delete(self._store, self._job.id, deleted)
+            unchanged = _unchanged(deleted, self._store.annotations(self._job.id))
+            _delete(self._store, self._job.id, unchanged)
+            if kept := sum(len(deleted[name]) - len(unchanged[name]) for name in LISTS):
+                notes.append(
+                    f"{kept} annotations were changed by somebody while frames up to {frame} were "
+                    "written: look at what stands beside them"
+                )
             _stand_for(self.objects, pending, ids)
         self.keep()
         return notes
@@ -254,17 +260,8 @@ def recover(
     ids = _created_ids(now, pending) if pending else None
     if pending is None or ids is None:
         return kept["anchor"], [Followed.from_json(one) for one in kept["objects"]]
-    # What somebody has changed meanwhile is theirs.
-    unchanged = {
-        name: [
-            one
-            for one in pending["deleted"][name]
-            if any(each["id"] == one["id"] and same(each, one) for each in now[name])
-        ]
-        for name in LISTS
-    }
     if change:
-        _delete(store, kept["job"], pending["deleted"] | unchanged)
+        _delete(store, kept["job"], _unchanged(pending["deleted"], now))
     then = pending["then"]
     objects = [Followed.from_json(one) for one in then["objects"]]
     _stand_for(objects, pending, ids)
@@ -277,10 +274,11 @@ def _create_once(store: AnnotationStore, job_id: int, pending: Json) -> list[int
     Returns:
         Ids of the created tracks.
     """
-    for pause_s in (*connection.RETRY_PAUSES_S, None):
+    if not any(pending["created"][name] for name in LISTS):
+        return []
+    for attempt, pause_s in enumerate((*connection.RETRY_PAUSES_S, None)):
         try:
             answer = store.create(job_id, pending["created"])
-            return [track["id"] for track in answer["tracks"]]
         except ServerAwayError:
             if pause_s is None:
                 raise
@@ -288,7 +286,38 @@ def _create_once(store: AnnotationStore, job_id: int, pending: Json) -> list[int
             ids = _created_ids(store.annotations(job_id), pending)
             if ids is not None:
                 return ids
+        else:
+            if attempt:
+                _delete_doubles(store, job_id, pending, answer)
+            return [track["id"] for track in answer["tracks"]]
     raise AssertionError("unreachable")
+
+
+def _delete_doubles(store: AnnotationStore, job_id: int, pending: Json, answer: Json) -> None:
+    """Delete what an attempt has left that a proxy gave up and the server finished all the same."""
+    now = store.annotations(job_id)
+    doubles = empty()
+    for name in LISTS:
+        known = {*pending["known"][name], *(one["id"] for one in answer[name])}
+        doubles[name] = [
+            one
+            for one in now[name]
+            if one["id"] not in known
+            and any(same(one, created) for created in pending["created"][name])
+        ]
+    _delete(store, job_id, _as_sent(doubles))
+
+
+def _unchanged(annotations: Json, now: Json) -> Json:
+    """Leave out what is not as it was: what somebody has changed meanwhile is theirs."""
+    return annotations | {
+        name: [
+            one
+            for one in annotations[name]
+            if any(each["id"] == one["id"] and same(each, one) for each in now[name])
+        ]
+        for name in LISTS
+    }
 
 
 def _created_ids(now: Json, pending: Json) -> list[int] | None:

@@ -28,7 +28,7 @@ from cvat_task.job_writer import JobWriter, Journal
 from cvat_task.keyframes import Json
 from cvat_task.plan import Plan, Request, todo
 from engine import Engine
-from errors import TrackerError
+from errors import BadRequestError, TrackerError
 from pictures import ContactSheet, draw_masks
 from protocol import Continue, Start
 from shapes import Shape, ShapeType, shape_to_mask
@@ -288,7 +288,12 @@ class _Sheet:
         if out is not None and frames:
             places = np.linspace(0, len(frames) - 1, min(SHEET_FRAMES, len(frames))).round()
             self._shown = {frames[int(place)] for place in places}
-            out.mkdir(parents=True, exist_ok=True)
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as err:
+                raise BadRequestError(
+                    f"--out {out} cannot be made ({err.strerror}): name another folder"
+                ) from err
             self._page = ContactSheet(out / "contact_sheet.png", sorted(self._shown))
 
     def add(

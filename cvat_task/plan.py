@@ -60,6 +60,7 @@ class Plan:
         anchor: The frame where it begins; it and all before are done.
         target: The last frame to track.
         is_repeat: Whether it goes on where an interrupted run has ended.
+        gone: Names of objects that run followed and that are not there any more.
     """
 
     jobs: list[Job]
@@ -69,6 +70,7 @@ class Plan:
     anchor: int
     target: int
     is_repeat: bool = False
+    gone: tuple[str, ...] = ()
 
 
 def make_plan(
@@ -142,10 +144,14 @@ def _repeat(
         return None
     anchor, objects = recover(server, kept, change=not dry)
     annotations = server.annotations(jobs[at].id)
-    objects = [one for one in objects if resume(one, annotations, anchor)]
-    if not objects:
+    there: list[Followed] = []
+    gone: list[Followed] = []
+    for one in objects:
+        (there if resume(one, annotations, anchor) else gone).append(one)
+    if not there:
         return None
-    return Plan(list(jobs), at, annotations, objects, anchor, target, is_repeat=True)
+    names = tuple(one.name for one in gone)
+    return Plan(list(jobs), at, annotations, there, anchor, target, is_repeat=True, gone=names)
 
 
 def describe(plan: Plan, request: Request) -> list[str]:
@@ -167,6 +173,7 @@ def describe(plan: Plan, request: Request) -> list[str]:
                 lines.append(f"  skipped: {len(there)} {what} frame{plural} ({numbers})")
         if not job.tracks_allowed:
             lines.append("  this task has honeypots and takes no tracks: one shape per frame")
+    lines += [f"  {name}: changed or deleted by somebody since: left alone" for name in plan.gone]
     return lines + [f"  {_describe_object(one, plan, request)}" for one in plan.objects]
 
 
@@ -237,7 +244,9 @@ def _check(plan: Plan, request: Request) -> None:
 
 
 def _check_sizes(plan: Plan, request: Request) -> None:
-    size_hw = plan.jobs[plan.at].size_hw(plan.anchor)
+    # A repeat may begin in a job with the last frame of the one before.
+    begun = next(job for job in plan.jobs[plan.at :: -1] if plan.anchor in job.places)
+    size_hw = begun.size_hw(plan.anchor)
     for job, frames in todo(plan, request):
         for frame in frames:
             if job.size_hw(frame) != size_hw:

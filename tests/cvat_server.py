@@ -109,6 +109,7 @@ class Task:
         start: The file's number of the first frame.
         step: Every so many-th frame of the file is in the task.
         deleted: Deleted frames.
+        included: The frames that its only job has, as a ground-truth job; None means all.
         honeypots: Frames that show another one; any make it a task of validation mode `gt_pool`.
         labels: The task's.
     """
@@ -125,6 +126,7 @@ class Task:
     start: int = 0
     step: int = 1
     deleted: Sequence[int] = ()
+    included: Sequence[int] | None = None
     honeypots: Sequence[int] = ()
     labels: list[Json] = field(default_factory=lambda: copy.deepcopy(LABELS))
 
@@ -398,11 +400,12 @@ class CvatServer:
                 for index, one in enumerate(sizes)
             ],
             "deleted_frames": [one for one in self.task.deleted if one in frames],
-            "included_frames": None,
+            "included_frames": self.task.included
+            and [self.task.start + one * self.task.step for one in self.task.included],
         }
 
     def _data(self, job: int, query: dict[str, str]) -> tuple[int, str, bytes]:
-        frames = self.task.ranges()[job]
+        frames = self.task.included or self.task.ranges()[job]
         if query["type"] == "frame":
             number = int(query["number"])
             if number not in frames:

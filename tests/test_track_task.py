@@ -164,6 +164,26 @@ def test_tracking_again_replaces_what_tracking_made(desk: Desk) -> None:
     assert desk.server.shapes(6, group=9) == other
 
 
+def test_earlier_masks_go_where_the_object_is_not_found_now(desk: Desk) -> None:
+    """Also when a whole batch finds nothing to put in their place."""
+    desk.server.add(6, "shapes", **shape("mask", MASK))
+    desk.track()
+    engine = MovingEngine(lost=lambda _, frame: 3 <= frame <= 9)
+    desk.track("--batch", "4", engine=engine)
+
+    assert [one["frame"] for one in desk.server.shapes(6)] == [0, 1, 2, 10, 11]
+
+
+def test_a_new_group_is_nobody_elses(desk: Desk) -> None:
+    """Neither of shapes, tracks nor tags."""
+    desk.server.add(6, "shapes", **shape("mask", MASK))
+    tag = {"id": 1, "frame": 3, "label_id": 7, "group": 5, "source": "manual", "attributes": []}
+    desk.server.data[6]["tags"].append(tag)
+    desk.track()
+
+    assert {one["group"] for one in desk.server.shapes(6)} == {6}
+
+
 def test_a_dry_run_changes_nothing(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     """It says what would be made of what, and asks for no frame."""
     number = desk.server.add(6, "shapes", **shape("polygon", POLYGON))
@@ -274,6 +294,25 @@ def test_the_next_chunk_is_fetched_while_the_model_works(desk: Desk) -> None:
     desk.track(engine=MovingEngine(on_frame=wait))
 
     assert seen == [True, True]
+
+
+@pytest.mark.parametrize("video", [True, False])
+def test_a_ground_truth_job_gives_only_its_own_frames(
+    desk_with: Callable[[Task], Desk], *, video: bool
+) -> None:
+    """Its chunks hold no others; a frame between them may have another size."""
+    frames = frames_of(12)
+    if not video:
+        frames[0] = frames[5] = np.zeros((30, 30, 3), np.uint8)
+    included = [3, 4, 7, 9, 11]
+    task = Task(frames, video=video, start=7, step=3, included=included, chunk_size=2)
+    desk = desk_with(task)
+    desk.server.add(6, "shapes", **shape("polygon", POLYGON, frame=3))
+    engine = MovingEngine()
+
+    assert desk.track(engine=engine) == 0
+    assert engine.seen == included
+    assert [key["frame"] for key in desk.server.tracks(6)[0]["shapes"]] == included
 
 
 def test_images_of_another_size_are_refused_before_anything_is_written(

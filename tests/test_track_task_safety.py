@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import track_task
@@ -185,6 +186,39 @@ def test_a_correction_before_the_repeat_counts(desk: Desk) -> None:
     assert keyframes[6]["points"] == moved_by("polygon", moved, 1)
 
 
+def test_a_repeat_says_what_is_gone(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """A track that somebody has deleted since is not made again."""
+    draw(desk.server)
+
+    def interrupt(frame: int) -> None:
+        if frame == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    desk.track(engine=MovingEngine(on_frame=interrupt))
+    desk.server.remove(6, "tracks", desk.server.tracks(6)[0]["id"])
+    code = desk.track()
+
+    assert code == 0
+    assert "child: changed or deleted by somebody since: left alone" in capsys.readouterr().out
+    assert not desk.server.tracks(6)
+
+
+def test_a_repeat_in_the_next_job_knows_the_size_of_the_frame_before(
+    desk_with: Callable[[Task], Desk],
+) -> None:
+    """The journal stands on the last frame of a job that shares none with the next."""
+    frames = [*frames_of(11), np.zeros((30, 30, 3), np.uint8)]
+    desk = desk_with(Task(frames, video=False, segment_size=6))
+    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    desk.server.refuse["/api/jobs/7/data"] = 500, "no chunk"
+    first = desk.track("--task", "6", "--to-frame", "10")
+    desk.server.refuse.clear()
+    again = desk.track("--task", "6", "--to-frame", "10")
+
+    assert (first, again) == (6, 0)
+    assert visible(desk.server.tracks(7)[0]) == dict.fromkeys(range(6, 11), True) | {11: False}
+
+
 def test_restart_begins_anew(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     """A batch that was half written is brought to its end, and then all is replaced."""
     draw(desk.server)
@@ -324,6 +358,49 @@ def test_what_somebody_deletes_meanwhile_stays_deleted(desk: Desk) -> None:
     assert code == 0
     assert not desk.server.tracks(6)
     assert engine.seen == list(range(9))  # nothing is left to track
+
+
+def test_what_somebody_changes_while_it_is_written_stays(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between the creating of its replacement and the deleting; a line says so."""
+    number = desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    corrected = moved_by("polygon", POLYGON, 3)
+
+    def correct(call: Call) -> None:
+        if call.is_("create") and desk.server.data[6]["shapes"]:
+            desk.server.data[6]["shapes"][0]["points"] = corrected
+
+    desk.server.after = correct
+    code = desk.track("--batch", "4")
+
+    assert code == 0
+    assert [one["points"] for one in desk.server.shapes(6, id=number)] == [corrected]
+    assert len(desk.server.tracks(6)) == 1
+    assert "1 annotations were changed by somebody while" in capsys.readouterr().err
+
+
+def test_a_server_that_finishes_what_a_proxy_gave_up_doubles_nothing(
+    desk_with: Callable[[Task], Desk], undisturbed: list[Any]
+) -> None:
+    """The first attempt is done only while the second one is."""
+    desk = desk_with(two_jobs())
+    draw(desk.server)
+    late: list[Call] = []
+
+    def give_up(call: Call) -> None:
+        if call.is_("create"):
+            late.append(call)
+            if len(late) % 2:
+                raise Refusal(504, "Gateway Timeout")
+            job = int(call.path.split("/")[3])
+            desk.server.create(job, late[-2].body)
+
+    desk.server.before = give_up
+    code = desk.track("--task", "6", "--batch", "4")
+
+    assert code == 0
+    assert everything(desk.server) == undisturbed
 
 
 def test_an_earlier_shape_that_somebody_corrects_meanwhile_stays(desk: Desk) -> None:
@@ -514,6 +591,19 @@ def test_an_id_of_two_objects_needs_their_kind(
     assert f"write shape:{number} or track:{number}" in capsys.readouterr().err
     assert desk.track("--objects", f"track:{number}") == 0
     assert len(desk.server.shapes(6)) == 1
+
+
+def test_a_folder_that_cannot_be_made_stops_the_run_before_it_writes(
+    desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line."""
+    draw(desk.server)
+    before = desk.server.annotations(6)
+    (tmp_path / "file").touch()
+
+    assert desk.track("--out", str(tmp_path / "file" / "out")) == 1
+    assert "name another folder" in capsys.readouterr().err
+    assert desk.server.annotations(6) == before
 
 
 def test_a_journal_that_cannot_be_kept_stops_the_run_before_it_writes(
