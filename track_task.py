@@ -139,6 +139,7 @@ def _main(
 ) -> int:
     asked = asdict(request) | {"server": server.url, "job": options.job, "task": options.task}
     asked["objects"] = list(request.objects)  # as JSON gives it back
+    del asked["batch"]  # how often is written, not what
     journal = Journal(platformdirs.user_state_path("sam2-cvat-tracker"), asked)
     job_ids = [options.job] if options.task is None else server.task_jobs(options.task)
     plan = make_plan(

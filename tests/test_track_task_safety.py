@@ -97,6 +97,28 @@ def test_a_repeat_ends_as_if_nothing_had_happened(
     assert engine.seen[0] >= {0: 0, 1: 0, 2: 4, 3: 4, 4: 8, 5: 8}.get(nth, 8)
 
 
+def test_a_repeat_may_write_more_or_less_often(
+    desk_with: Callable[[Task], Desk], undisturbed: list[Any]
+) -> None:
+    """Another `--batch` is no other run: what was half written is brought to its end."""
+    desk = desk_with(two_jobs())
+    draw(desk.server)
+    lost: list[Call] = []
+
+    def lose(call: Call) -> None:
+        if call.is_("delete") or lost:
+            lost.append(call)
+            raise Refusal(500, "lost")
+
+    desk.server.before = lose
+    first = desk.track("--task", "6", "--batch", "4")
+    desk.server.before = lambda _: None
+    again = desk.track("--task", "6", "--batch", "2")
+
+    assert (first, again) == (6, 0)
+    assert everything(desk.server) == undisturbed
+
+
 def test_ctrl_c_writes_what_is_found_and_a_repeat_goes_on(
     desk_with: Callable[[Task], Desk],
     undisturbed: list[Any],
