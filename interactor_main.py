@@ -14,14 +14,13 @@ from importlib.metadata import version
 
 import torch
 from nuclio_sdk import Context, Event, Response
-from PIL import Image
 
-from interactor_protocol import Prompt, format_interactor_answer, parse_interactor_request
+from interactor_protocol import format_interactor_answer, parse_interactor_request
 from model_handler import compute_dtype
 from model_loader import load_predictor
 from nuclio_door import answer, one_line_on_failure
 from protocol import decode_image
-from segmenter import Segmenter
+from segmenter import Segmenter, build_segmenter
 from settings import InteractorSettings, Limits, Settings
 
 
@@ -58,13 +57,7 @@ def handler(context: Context, event: Event) -> Response:
 def _start_up(context: Context) -> Service:
     settings = Settings.from_env(os.environ)
     model, fingerprint = load_predictor(settings)
-    segmenter = Segmenter(
-        model,
-        frames_kept=settings.feature_cache_frames,
-        hole_area=settings.interactor.hole_area,
-        island_area=settings.interactor.island_area,
-    )
-    _warm_up(segmenter)
+    segmenter = build_segmenter(model, settings)
     context.logger.info_with(
         "ready",
         model=fingerprint,
@@ -76,13 +69,6 @@ def _start_up(context: Context) -> Service:
         threads=torch.get_num_threads(),
     )
     return Service(segmenter, settings.limits, settings.interactor)
-
-
-def _warm_up(segmenter: Segmenter) -> None:
-    """Ask for a click and a box, so that the first annotator does not pay for them."""
-    blank = Image.new("RGB", (64, 64))
-    segmenter.segment("warm-up", lambda: blank, Prompt(positive=((32.0, 32.0),)))
-    segmenter.segment("warm-up", lambda: blank, Prompt(box=(16.0, 16.0, 48.0, 48.0)))
 
 
 def _segment(context: Context, service: Service, body: object) -> str:

@@ -94,6 +94,21 @@ def parse_interactor_request(
     fields = json_object(body, limits, "image, pos_points, neg_points and obj_bbox")
     image = image_bytes(fields, limits)
     size_hw = read_image_size(image, limits)
+    prompt = parse_prompt(fields, size_hw, extreme_points=extreme_points)
+    return InteractorRequest(image, size_hw, prompt)
+
+
+def parse_prompt(fields: dict[str, Any], size_hw: SizeHW, *, extreme_points: bool) -> Prompt:
+    """Read `pos_points`, `neg_points` and `obj_bbox`.
+
+    Args:
+        fields: Holds them, each a list; missing or None is empty.
+        size_hw: Height and width of the frame.
+        extreme_points: Whether points that lie like extreme points mean a box.
+
+    Raises:
+        BadRequestError: One is malformed or outside the frame, or there is nothing to segment.
+    """
     positive, negative = (_points(fields, name, size_hw) for name in ("pos_points", "neg_points"))
     box = _box(fields, size_hw)
     if not positive and box is None:
@@ -103,7 +118,7 @@ def parse_interactor_request(
         )
     if box is None and extreme_points:
         box = extreme_box(positive, negative)
-    return InteractorRequest(image, size_hw, Prompt(positive, negative, box))
+    return Prompt(positive, negative, box)
 
 
 def extreme_box(positive: Sequence[Point], negative: Sequence[Point] = ()) -> Box | None:

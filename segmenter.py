@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from interactor_protocol import Prompt
 from model_handler import IMAGE_MEAN, IMAGE_STD, inference, small_regions
+from settings import Settings
 from shapes import Mask, SizeHW
 
 # sam2/modeling/sam/prompt_encoder.py, _embed_points
@@ -180,6 +181,23 @@ class Segmenter:
             islands[:] = False
         tidied = logits.masked_fill(torch.from_numpy(holes).to(logits.device), 10.0)
         return tidied.masked_fill(torch.from_numpy(islands).to(logits.device), -10.0)
+
+
+def build_segmenter(model: SAM2VideoPredictor, settings: Settings) -> Segmenter:
+    """Tie a segmenter to a loaded model as the settings say, and warm it up.
+
+    A click and a box are asked for, so that the first annotator does not pay for them.
+    """
+    segmenter = Segmenter(
+        model,
+        frames_kept=settings.feature_cache_frames,
+        hole_area=settings.interactor.hole_area,
+        island_area=settings.interactor.island_area,
+    )
+    blank = Image.new("RGB", (64, 64))
+    segmenter.segment("warm-up", lambda: blank, Prompt(positive=((32.0, 32.0),)))
+    segmenter.segment("warm-up", lambda: blank, Prompt(box=(16.0, 16.0, 48.0, 48.0)))
+    return segmenter
 
 
 @dataclass(frozen=True, eq=False)

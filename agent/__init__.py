@@ -1,1 +1,1 @@
-"""The tracker as an auto-annotation function for cvat-cli's agents."""
+"""The tracker and the interactor as auto-annotation functions for cvat-cli's agents."""

@@ -6,14 +6,10 @@ Adds no tracking of its own; `func.py` is the file that cvat-cli is given.
 from __future__ import annotations
 
 import copy
-import logging
-import multiprocessing
 import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from multiprocessing.process import BaseProcess
 
 import cvat_sdk.auto_annotation as cvataa
 from PIL import Image
@@ -26,7 +22,7 @@ from agent.shared_states import (
     cvat_cli_version,
     refusals,
 )
-from errors import SettingsError, StateStoreUnavailableError
+from agent.worker import MODEL_PARAMETERS, log, make
 from protocol import Continue, Start, parse_shape, upright_rgb
 from settings import Settings
 from shapes import Shape, ShapeType
@@ -34,13 +30,7 @@ from state_store import connect, open_store
 from tracker import Frame, Report, TrackedObject, Tracker
 from tracker_builder import build_tracker
 
-# Each stands for the environment variable SAM2_<NAME>, and wins over it.
-PARAMETERS = (
-    *("model_id", "config", "checkpoint", "device", "image_size"),
-    *("batch_objects", "polygon_tolerance", "request_limit"),
-)
-
-log = logging.getLogger("sam2_agent")
+PARAMETERS = (*MODEL_PARAMETERS, "batch_objects", "polygon_tolerance", "request_limit")
 
 
 @dataclass(eq=False)
@@ -202,47 +192,9 @@ def create(**parameters: object) -> TrackingFunction:
         parameters: See `PARAMETERS`.
 
     Raises:
-        SystemExit: A parameter or variable is wrong; in an agent also if it could not serve.
+        SystemExit: See `worker.make`.
     """
-    try:
-        function = TrackingFunction(_settings(parameters, os.environ))
-        # create-native also makes the function, in its own process, and only looks at the spec.
-        agent = multiprocessing.parent_process()
-        if agent is not None:
-            _write_log()
-            threading.Thread(target=_end_with, args=[agent], daemon=True).start()
-            function.start_agent()
-    except (SettingsError, StateStoreUnavailableError) as err:
-        raise SystemExit(f"cannot start: {err}") from err
-    return function
-
-
-def _settings(parameters: Mapping[str, object], env: Mapping[str, str]) -> Settings:
-    unknown = set(parameters) - set(PARAMETERS)
-    if unknown:
-        raise SettingsError(
-            f"parameter {min(unknown)} is not known: expected some of {', '.join(PARAMETERS)}"
-        )
-    given = {f"SAM2_{name.upper()}": str(value) for name, value in parameters.items()}
-    if "SAM2_MODEL_ID" in given:  # otherwise the variables would win over the parameter
-        env = {name: env[name] for name in env if name not in {"SAM2_CONFIG", "SAM2_CHECKPOINT"}}
-    return Settings.from_env({**env, **given})
-
-
-def _write_log() -> None:
-    """Write our log lines as cvat-cli writes its own."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        logging.Formatter("[%(asctime)s] %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S")
-    )
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-
-
-def _end_with(agent: BaseProcess) -> None:
-    """End this worker when its agent was killed; it would keep the model on the GPU for ever."""
-    agent.join()
-    os._exit(1)
+    return make(TrackingFunction, parameters, PARAMETERS)
 
 
 def _trackable(shape: Shape | None) -> cvataa.TrackableShape | None:

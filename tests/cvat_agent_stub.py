@@ -112,7 +112,11 @@ class CvatStub:
         return JSONResponse(texts | {"version": "2.80.0"})
 
     async def _create_function(self, request: Request) -> Response:
-        id_ = self.register(await request.json())
+        function = await request.json()
+        if function["kind"] == "interactor":
+            unasked = {"min_neg_points": -1, "startswith_box": False}
+            function = unasked | {"startswith_box_optional": False} | function
+        id_ = self.register(function)
         return JSONResponse(self.functions[id_], 201)
 
     async def _function(self, request: Request) -> Response:

@@ -27,6 +27,7 @@ from tests.cvat_agent_stub import TOKEN, CvatStub, RequestFailedError
 
 REPOSITORY = Path(__file__).parent.parent
 FUNCTION_FILE = ["--function-file", str(REPOSITORY / "agent" / "func.py")]
+INTERACTOR_FILE = ["--function-file", str(REPOSITORY / "agent" / "interactor.py")]
 
 
 def png_frames(count: int, **options: Any) -> list[bytes]:
@@ -83,12 +84,14 @@ class Machine:
             check=False,
         )
 
-    def start_agent(self, function: int, **environment: str) -> Agent:
+    def start_agent(
+        self, function: int, file: Sequence[str] = FUNCTION_FILE, **environment: str
+    ) -> Agent:
         """Start `cvat-cli function run-agent` without --burst."""
         log = self.folder / f"{time.monotonic_ns()}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                self._command(["run-agent", str(function), *FUNCTION_FILE]),
+                self._command(["run-agent", str(function), *file]),
                 env={**self.environment, **environment},
                 cwd=self.folder,
                 stderr=output,
@@ -232,6 +235,14 @@ def agent(pool: Machine, registered: int) -> Agent:
     return pool.start_agent(registered)
 
 
+@pytest.fixture(scope="module")
+def interactor_agent(machine: Machine) -> Agent:
+    """An agent of the interactor, registered by `create-native`."""
+    done = machine.cli("create-native", "Interactor", *INTERACTOR_FILE)
+    assert done.returncode == 0, done.stderr
+    return machine.start_agent(int(done.stdout), INTERACTOR_FILE)
+
+
 def test_registering_tells_cvat_the_shapes(cvat: CvatStub, registered: int) -> None:
     """`create-native` registers a tracker of all four shape types."""
     assert cvat.functions[registered] == {
@@ -260,6 +271,10 @@ def test_registering_needs_no_model() -> None:
         ({"device": "gpu"}, "SAM2_DEVICE='gpu' is not allowed: expected auto, cpu, cuda or cuda:N"),
         ({"batch_objects": 1.5}, "SAM2_BATCH_OBJECTS='1.5' is not allowed: expected a whole"),
         ({"config": "c.yaml"}, "SAM2_CHECKPOINT is not set: SAM2_CONFIG and SAM2_CHECKPOINT go"),
+        (
+            {"model_id": "micro", "config": "c.yaml", "checkpoint": "c.pt"},
+            "model_id and config with",
+        ),
         ({"size": 512}, "parameter size is not known: expected some of model_id, config"),
     ],
 )
@@ -295,9 +310,10 @@ def test_agent_that_cannot_serve_does_not_start(machine: Machine, registered: in
 
 def test_model_parameter_wins_over_the_environment(machine: Machine) -> None:
     """A model that is asked for is not silently replaced by SAM2_CONFIG."""
-    from agent.tracking_function import _settings
+    from agent.worker import MODEL_PARAMETERS, read_settings
 
-    settings = _settings({"model_id": "micro", "image_size": 256}, machine.environment)
+    parameters = {"model_id": "micro", "image_size": 256}
+    settings = read_settings(parameters, MODEL_PARAMETERS, machine.environment)
 
     assert (settings.model_id, settings.config, settings.image_size) == ("micro", None, 256)
 
@@ -506,3 +522,73 @@ def test_unknown_cvat_cli_is_left_alone(
     assert found == [expected.track(1), expected.track(2)]
     assert not any(map(ID.fullmatch, states)), "these are names that cvat-cli made"
     assert "may keep its states in a way unknown to this function" in log
+
+
+def test_interactor_takes_points_and_boxes(cvat: CvatStub, interactor_agent: Agent) -> None:
+    """CVAT is told that a point is enough, and so is a box."""
+    fields = {"kind", "min_pos_points", "min_neg_points", "startswith_box_optional"}
+    registered = cvat.functions[interactor_agent.function]
+
+    assert {name: registered[name] for name in fields} == {
+        "kind": "interactor",
+        "min_pos_points": 0,
+        "min_neg_points": 0,
+        "startswith_box_optional": True,
+    }
+
+
+def test_interactor_answers_equal_the_functions(
+    interactor_agent: Agent, start_interactor: Callable[[dict[str, str]], Function]
+) -> None:
+    """Clicks, corrections and boxes come out as from the Nuclio function; one frame is encoded."""
+    interactor = start_interactor({})
+    click: dict[str, Any] = {"pos_points": [[60.0, 90.5]], "neg_points": [], "obj_bbox": []}
+    prompts = [
+        click,
+        click | {"neg_points": [[200.0, 20.0]]},
+        click | {"obj_bbox": [[30.0, 60.0], [90.0, 120.0]]},
+        {"pos_points": [], "neg_points": [], "obj_bbox": [[220, 40], [271, 101]]},
+    ]
+    before = interactor_agent.log.read_text()
+
+    found = [
+        interactor_agent.ask(type="interact", task=TASK, frame=0, **prompt)["shapes"]
+        for prompt in prompts
+    ]
+
+    image = base64_text(FRAMES[0])
+    answers = [interactor.call({"image": image} | prompt)[1] for prompt in prompts]
+    assert found == [answer["shapes"] for answer in answers]
+    assert all(found)
+    log = interactor_agent.log.read_text()[len(before) :]
+    assert re.findall(r"'encoded': (\w+)", log) == ["True", "False", "False", "False"]
+    assert re.findall(r"'refined': (\w+)", log) == ["False", "True", "False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("points", "reason"), [([], "nothing to segment"), ([[60, 900]], "is outside the 320 x 180")]
+)
+def test_interactor_says_what_is_wrong(
+    interactor_agent: Agent, points: list[Any], reason: str
+) -> None:
+    """A prompt that cannot be used is refused with the reason."""
+    prompt = {"pos_points": points, "neg_points": [[1, 1]], "obj_bbox": []}
+
+    with pytest.raises(RequestFailedError, match=f"Invalid annotation request: .*{reason}"):
+        interactor_agent.ask(type="interact", task=TASK, frame=0, **prompt)
+
+
+def test_stub_serves_what_agents_ask_for_and_no_more(cvat: CvatStub, agent: Agent) -> None:
+    """The stand-in for CVAT has no part that cvat-cli does not use."""
+    agent.track(1, agent.start([MASK]))
+    with pytest.raises(RequestFailedError):
+        agent.track(1, ["rubbish"])
+    routes = {
+        (method, route.path)
+        for route in cvat.routes
+        for method in route.methods or ()
+        if method != "HEAD"
+    }
+
+    while cvat.asked != routes:  # the agent comes to its queue's news soon, or the time limit here
+        time.sleep(0.05)
