@@ -92,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             **redis.environment,
             "CVAT_ACCESS_TOKEN": TOKEN,
             "SAM2_MODEL_ID": options.model_id,
+            "SAM2_CONFIG": "",  # which would win over the model's id
+            "SAM2_CHECKPOINT": "",
             "SAM2_DEVICE": options.device,
         }
         agents = {name: start_agent(cvat, file, environment) for name, file in FUNCTIONS.items()}
@@ -115,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             redis.stop()
 
     medians = {name: statistics.median(values) for name, values in times.items()}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    on_gpu = options.device != "cpu" and torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU"
     height, width = options.size
     print(f"{options.model_id}, device {options.device}, {options.objects} objects")
     print(f"{options.frames} frames of {width} x {height}; median per frame, request to answer")
