@@ -7,7 +7,6 @@
 import argparse
 import base64
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ import interactor_main as function
 from interactor_protocol import Point, Prompt
 from shapes import Mask, decode_cvat_rle, mask_to_box
 from training.clips import HELD_OUT_SEEDS, Script, make_clip
+from training.function_client import micro_environment
 from training.metrics import region_iou
 
 FRAMES = 40
@@ -48,10 +48,9 @@ class InteractorClient:
 
     def __init__(self) -> None:
         """Start the interactor; `request_ms` collects the time of each request."""
-        os.environ.setdefault("SAM2_MODEL_ID", "micro")
-        os.environ.setdefault("SAM2_DEVICE", "cpu")
         self._context = Context(logger=Logger(level="INFO"), worker_id=0)
-        function.init_context(self._context)
+        with micro_environment():
+            function.init_context(self._context)
         self.request_ms: list[float] = []
 
     def show(self, frame: npt.NDArray[np.uint8]) -> None:

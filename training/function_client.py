@@ -4,8 +4,11 @@ import base64
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -28,17 +31,24 @@ class Answer:
     mask: Mask
 
 
+@contextmanager
+def micro_environment() -> Iterator[None]:
+    """Start a function with the micro weights on the CPU unless the environment says otherwise."""
+    defaults = {"SAM2_MODEL_ID": "micro", "SAM2_DEVICE": "cpu"}
+    own = {name: os.environ[name] for name in os.environ if name != "CVAT_FUNCTIONS_REDIS_HOST"}
+    with patch.dict(os.environ, defaults | own, clear=True):
+        yield
+
+
 class FunctionClient:
     """Starts the function as Nuclio does, with the embedded store, and sends it frames."""
 
     def __init__(self) -> None:
         """Start the function; `load_s` is how long that took, in seconds."""
-        os.environ.setdefault("SAM2_MODEL_ID", "micro")
-        os.environ.setdefault("SAM2_DEVICE", "cpu")
-        os.environ.pop("CVAT_FUNCTIONS_REDIS_HOST", None)
         self._context = Context(logger=Logger(level="INFO"), worker_id=0)
         begin = time.perf_counter()
-        function.init_context(self._context)
+        with micro_environment():
+            function.init_context(self._context)
         self.load_s = time.perf_counter() - begin
         self.request_ms: list[float] = []
         self._masks: list[Mask] = []
