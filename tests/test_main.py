@@ -120,6 +120,14 @@ MALFORMED: dict[str, tuple[Any, int, str]] = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def empty_server(redis_server: RedisServer) -> None:
+    """Without other tests' keys, none of which may expire between two looks."""
+    client = redis_server.client()
+    client.flushall()
+    client.close()
+
+
 def digest(server: RedisServer) -> tuple[int, str]:
     """Return how many keys a server has, and a hash of them all."""
     client = server.client()
