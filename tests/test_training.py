@@ -5,13 +5,14 @@ import pytest
 import torch
 
 from shapes import Shape, ShapeType, shape_to_mask
+from training.batches import Batch
 from training.clips import DEMO_SEEDS, HELD_OUT_SEEDS, TRAINING_SEEDS, Script, make_clip
 from training.demo_clip import DEMO_FRAMES, DEMO_SEED, make_demo_clip, write_demo_clip
 from training.held_out import HIDDEN_FRAMES, choose_held_out, hidden_run
 from training.losses import compute_losses
 from training.metrics import boundary_f, region_iou
 from training.model import CHECKPOINT, build_model
-from training.unroll import Prediction
+from training.unroll import Prediction, Unroller
 
 SMALL_HW = (90, 160)
 
@@ -120,6 +121,32 @@ def test_the_losses_prefer_the_truth() -> None:
     assert cost(right, 10.0) < 0.01
     assert cost(-right, 10.0) > 1.0
     assert cost(right, -10.0) > 1.0
+
+
+def test_an_untrained_model_carries_a_mask_to_the_next_frame() -> None:
+    """The first weights know the way of a mask through memory, attention and decoder."""
+    clip = make_clip(7, frames=1, size_hw=(256, 256), script=Script(objects=3))
+    bodies = [body for body in range(len(clip.roles)) if clip.mask(0, body).mean() > 0.01]
+    masks = torch.from_numpy(np.stack([clip.mask(0, body) for body in bodies]))
+    frames = torch.from_numpy(clip.frames).expand(2, -1, -1, -1)[None]
+    torch.manual_seed(0)
+    unroller = Unroller(build_model())
+    with torch.no_grad():
+        last = unroller(
+            Batch(frames, masks[:, None].expand(-1, 2, -1, -1)),
+            "mask",
+            corrections=0,
+            gap=0,
+            aged=0,
+            rng=np.random.default_rng(0),
+        )[-1]
+    carried = torch.nn.functional.interpolate(last.masks[:, :1], (256, 256), mode="bilinear") > 0
+
+    assert len(bodies) >= 2
+    assert all(
+        region_iou(found, truth) > 0.7
+        for found, truth in zip(carried[:, 0].numpy(), masks.numpy(), strict=True)
+    )
 
 
 def test_the_bundled_checkpoint_fits_its_config_and_its_size() -> None:

@@ -9,6 +9,8 @@ import torch
 from sam2.modeling.sam.transformer import Attention
 from sam2.modeling.sam2_base import SAM2Base
 
+from training.mask_copying import CELLS, carry_masks
+
 # strengths of the first attention to the same place: some mass is left for other places
 _ROTARY_BIAS = 3.0
 _NEARBY_GAIN = 3.0
@@ -34,15 +36,17 @@ def set_first_weights(model: SAM2Base) -> None:
             for projection in (attention.q_proj, attention.k_proj):
                 torch.nn.init.constant_(projection.bias, _ROTARY_BIAS)
     with torch.no_grad():
-        _set_prompt_weights(model)
+        columns = _set_prompt_weights(model)
+    free = [i for i in range(model.hidden_dim) if i not in columns]
+    carry_masks(model, free[:CELLS])
 
 
-def _set_prompt_weights(model: SAM2Base) -> None:
+def _set_prompt_weights(model: SAM2Base) -> list[int]:
     prompts = model.sam_prompt_encoder
     code = prompts.pe_layer.positional_encoding_gaussian_matrix
     waves = _Waves(code.shape[1])
     code.copy_(torch.from_numpy(waves.matrix).to(code))
-    _keep_clear(model, waves)
+    columns = _keep_clear(model, waves)
     transformer = model.sam_mask_decoder.transformer
     # the first self-attention has no residual: where it mixes all tokens, a prompt's kind is lost
     first = transformer.layers[0].self_attn
@@ -55,6 +59,7 @@ def _set_prompt_weights(model: SAM2Base) -> None:
         _look_nearby(layer.cross_attn_image_to_token, range(4, 6), waves)
         _look_aside(layer.cross_attn_image_to_token, waves)
         layer.cross_attn_image_to_token.out_proj.weight.mul_(_PROMPT_GAIN)
+    return columns
 
 
 class _Waves:
@@ -82,7 +87,7 @@ class _Waves:
         return self.sine(axis, wave) + 2 * self.per_axis
 
 
-def _keep_clear(model: SAM2Base, waves: _Waves) -> None:
+def _keep_clear(model: SAM2Base, waves: _Waves) -> list[int]:
     """Let only the position code write to the columns that the heads above read it from."""
     columns = [
         column(axis, wave)
@@ -111,6 +116,7 @@ def _keep_clear(model: SAM2Base, waves: _Waves) -> None:
     for conv in model.image_encoder.neck.convs[:2]:
         conv.conv.weight[columns] = 0
         conv.conv.bias[columns] = 0
+    return columns
 
 
 def _look_nearby(attention: Attention, heads: range, waves: _Waves) -> None:
