@@ -89,6 +89,14 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     server.stop()
 
 
+@pytest.fixture(scope="session")
+def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
+    """Somebody who can look into the store and write to it."""
+    client = redis_server.client()
+    yield client
+    client.close()
+
+
 @pytest.fixture(params=["memory", "fakeredis", "redis"])
 def state_store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
     """Every store, to hold to the same contract."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,21 +17,13 @@ from shapes import Shape, ShapeType
 from state_store import RedisStateStore
 from state_token import StateToken
 from tests.clips import SIZE_HW, jpeg_frames
-from tests.conftest import Function, RedisServer
+from tests.conftest import Function
 from tests.faults import micro_environment, prompts
 from track_state import decode_state
 from tracker import Frame, Tracker
 
 CLIP = jpeg_frames(12)
 STARTS = [Start(Shape(ShapeType(one["type"]), one["points"])) for one in prompts()]
-
-
-@pytest.fixture(scope="module")
-def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
-    """Look into the store."""
-    client = redis_server.client()
-    yield client
-    client.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import random
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,14 +17,6 @@ from tests.conftest import Function, RedisServer
 from tests.faults import FRAMES, micro_environment, prompts
 from tests.mutations import Judge, Spoiler
 from track_state import PastFrame, TrackState, encode_memory, encode_state
-
-
-@pytest.fixture(scope="module")
-def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
-    """Somebody who can write to the store."""
-    client = redis_server.client()
-    yield client
-    client.close()
 
 
 @pytest.fixture(scope="module")

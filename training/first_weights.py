@@ -9,7 +9,7 @@ import torch
 from sam2.modeling.sam.transformer import Attention
 from sam2.modeling.sam2_base import SAM2Base
 
-from training.mask_copying import CELLS, carry_masks
+from training.mask_copying import CELLS, carry_masks, keep_features_clear
 
 # strengths of the first attention to the same place: some mass is left for other places
 _ROTARY_BIAS = 3.0
@@ -99,23 +99,18 @@ def _keep_clear(model: SAM2Base, waves: _Waves) -> list[int]:
     tokens = (
         *prompts.point_embeddings,
         prompts.not_a_point_embed,
-        prompts.no_mask_embed,
         decoder.iou_token,
         decoder.mask_tokens,
         decoder.obj_score_token,
     )
     for token in tokens:
         token.weight[:, columns] = 0
-    model.no_mem_embed[..., columns] = 0
     norms = [model.memory_attention.norm]
     for layer in decoder.transformer.layers:
         norms += [layer.norm1, layer.norm2, layer.norm3, layer.norm4]
     for norm in norms:
         norm.weight[columns] = 0
-    # the neck's coarsest levels add up to the features that prompts meet
-    for conv in model.image_encoder.neck.convs[:2]:
-        conv.conv.weight[columns] = 0
-        conv.conv.bias[columns] = 0
+    keep_features_clear(model, columns)
     return columns
 
 

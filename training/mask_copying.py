@@ -64,6 +64,14 @@ def _clear(columns: list[int], *layers: nn.Module) -> None:
             values[columns] = 0
 
 
+def keep_features_clear(model: SAM2Base, columns: list[int]) -> None:
+    """Let a frame's features leave some channels empty, where they meet prompts and memories."""
+    # the neck's coarsest levels add up to them
+    _clear(columns, *(level.conv for level in model.image_encoder.neck.convs[:2]))
+    model.sam_prompt_encoder.no_mask_embed.weight[:, columns] = 0
+    model.no_mem_embed[..., columns] = 0
+
+
 def _pack(sampler: MaskDownSampler, columns: list[int]) -> None:
     """Bring a mask's cells into a token's channels.
 
@@ -147,9 +155,7 @@ def _attend(
 def _unpack(model: SAM2Base, columns: list[int]) -> None:
     """Spread a token's cells over the decoder's mask; nothing else writes to their channels."""
     decoder = model.sam_mask_decoder
-    _clear(columns, *(level.conv for level in model.image_encoder.neck.convs[:2]))
-    model.sam_prompt_encoder.no_mask_embed.weight[:, columns] = 0
-    model.no_mem_embed[..., columns] = 0
+    keep_features_clear(model, columns)
     for layer in decoder.transformer.layers:
         _clear(columns, layer.cross_attn_image_to_token.out_proj)
     first, _, _, second, _ = decoder.output_upscaling
