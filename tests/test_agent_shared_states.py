@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,6 @@ from tests.conftest import RedisServer
 REPOSITORY = Path(__file__).parent.parent
 DIMS = (320, 180)
 TTL_S = 100
-
-
-@pytest.fixture
-def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
-    """Connect to the real server."""
-    client = redis_server.client()
-    yield client
-    client.close()
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import pytest
@@ -14,7 +14,7 @@ from shapes import Shape, ShapeType, encode_cvat_rle
 from state_store import RETRY_STEPS, RedisStateStore
 from state_token import StateToken, new_id
 from tests.clips import SIZE_HW, blob_mask, block_mask, jpeg_frames
-from tests.conftest import Function, RedisServer
+from tests.conftest import Function
 from track_state import MEMORY_REACH
 from tracker import Frame, TrackedObject, Tracker
 
@@ -35,14 +35,6 @@ def never() -> NoReturn:
 
 
 UNSEEN = Frame("never computed", SIZE_HW, never)
-
-
-@pytest.fixture
-def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
-    """Look into the store."""
-    client = redis_server.client()
-    yield client
-    client.close()
 
 
 @pytest.fixture
