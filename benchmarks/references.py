@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,3 +98,15 @@ class PerObjectLoop:
         )
         kept = ("maskmem_features", "maskmem_pos_enc", "pred_masks", "obj_ptr")
         return {name: out[name] for name in kept}
+
+
+def encode_object(one: LoopObject) -> bytes:
+    """Save an object whole, as one would to keep it between requests."""
+    file = io.BytesIO()
+    torch.save({"step": one.step, "first": one.first, "latest": one.latest}, file)
+    return file.getvalue()
+
+
+def decode_object(data: bytes, device: torch.device) -> LoopObject:
+    """Load what `encode_object` saved."""
+    return LoopObject(**torch.load(io.BytesIO(data), map_location=device, weights_only=True))
