@@ -18,7 +18,7 @@ from nuclio_sdk import Context, Event, Response
 from interactor_protocol import format_interactor_answer, parse_interactor_request
 from model_handler import compute_dtype
 from model_loader import load_predictor
-from nuclio_door import answer, one_line_on_failure
+from nuclio_door import answer, end_when_told, one_line_on_failure
 from protocol import decode_image
 from segmenter import Segmenter, build_segmenter
 from settings import InteractorSettings, Limits, Settings
@@ -58,6 +58,7 @@ def _start_up(context: Context) -> Service:
     settings = Settings.from_env(os.environ)
     model, fingerprint = load_predictor(settings)
     segmenter = build_segmenter(model, settings)
+    end_when_told(context)
     context.logger.info_with(
         "ready",
         model=fingerprint,

@@ -12,7 +12,7 @@ import importlib
 import json
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import uvicorn
@@ -81,7 +81,8 @@ def create_app(context: Context, handler: Callable[[Context, Event], Response]) 
     @asynccontextmanager
     async def until_stopped(_: Starlette) -> AsyncIterator[None]:
         yield
-        context.platform._on_signal("termination")  # noqa: SLF001  # as Nuclio's wrapper does
+        with suppress(SystemExit):  # uvicorn ends the process
+            context.platform._on_signal("termination")  # noqa: SLF001  # as Nuclio's wrapper does
 
     return Starlette(
         lifespan=until_stopped,

@@ -17,7 +17,7 @@ from nuclio_sdk import Context, Event, Response
 from PIL import Image
 
 from errors import SettingsError, StateStoreUnavailableError
-from nuclio_door import answer, one_line_on_failure, to_json
+from nuclio_door import answer, end_when_told, one_line_on_failure, to_json
 from protocol import decode_image, format_tracker_answer, parse_tracker_request, read_image_size
 from settings import Limits, Settings
 from state_store import StateStore, open_store
@@ -71,8 +71,7 @@ def _start_up(context: Context) -> Service:
         )
     store = open_store(settings)
     _wait_for(store)
-    # Called between two events, so the running one is answered first.
-    context.platform.set_termination_callback(store.close)
+    end_when_told(context, store.close)
     tracker = build_tracker(settings, store)
     if settings.redis is None:
         context.logger.warn_with(

@@ -46,18 +46,24 @@ def connections(server: RedisServer) -> int:
         return len(client.client_list()) - 1
 
 
-def test_termination_callback_closes_the_connections(
+def test_termination_callback_closes_the_connections_and_ends(
     start_micro: Callable[[dict[str, str]], Function], own_redis: RedisServer
 ) -> None:
-    """Nuclio calls it between two events, when the running one is answered."""
+    """Nuclio calls it between two events, when the running one is answered; the process ends."""
     started = start_micro(own_redis.environment)
-    states = started.track(FRAMES[0], prompts(), [])["states"]
+    started.track(FRAMES[0], prompts(), [])
     before = connections(own_redis)
-    started.context.platform._on_signal("termination")
+    with pytest.raises(SystemExit, match=r"^0$"):  # any other status is a panic to the processor
+        started.context.platform._on_signal("termination")
 
     assert before == 1
     assert connections(own_redis) == 0
-    assert len(started.track(FRAMES[1], [None] * 4, states)["states"]) == 4  # were it asked again
+
+
+def test_termination_callback_ends_the_interactor(interactor: Function) -> None:
+    """It holds no connections, and its processor does not wait for it."""
+    with pytest.raises(SystemExit, match=r"^0$"):
+        interactor.context.platform._on_signal("termination")
 
 
 def test_local_server_closes_the_connections_when_it_stops(

@@ -311,6 +311,7 @@ def test_limits_of_nuclio_fit_those_of_the_function_and_of_cvat(path: Path) -> N
     assert trigger(path)["numWorkers"] == 1
     assert int(seconds[1]) > 2 * cvat_timeout_s
     assert 10_000 < trigger(path)["workerAvailabilityTimeoutMilliseconds"] < 1000 * cvat_timeout_s
+    assert trigger(path)["workerTerminationTimeout"] == f"{Settings().request_limit_s:g}s"
     assert spec["readinessTimeoutSeconds"] >= 300
 
 
