@@ -53,6 +53,7 @@ class Function:
     """
 
     def __init__(self, environment: Mapping[str, str], server: RedisServer, folder: Path) -> None:
+        self.server = server
         self._log = folder / f"function-{new_id()}.log"
         others = {k: v for k, v in os.environ.items() if not k.startswith(("SAM2_", "CVAT_"))}
         limits = {"SAM2_REQUEST_LIMIT": "86400"}
@@ -70,17 +71,21 @@ class Function:
         shapes = [
             {"type": "mask", "points": encode_cvat_rle(mask)} for mask in clip.masks[:objects]
         ]
-        answer = self._post(clip.frames[0], shapes, [])[1]
+        answer = self.post(clip.frames[0], shapes, [])[1]
         tokens = [StateToken.parse(state) for state in answer["states"]]
         self._states = [str(token) for token in fill_banks(self._store, tokens)]
 
     def step(self, index: int) -> Step:
         """See `Contender.step`."""
         before = self._traffic.read()
-        ms, answer = self._post(self._frames[index], [None] * len(self._states), self._states)
+        ms, answer = self.post(self._frames[index], [None] * len(self._states), self._states)
         written, read = self._traffic.since(before)
         self._states = answer["states"]
-        return Step(ms, answer["shapes"], written, read, last_report(self._log.read_text()))
+        return Step(ms, answer["shapes"], written, read, self.report())
+
+    def report(self) -> dict[str, Any]:
+        """Return the log line of the last request."""
+        return last_report(self._log.read_text())
 
     def close(self) -> None:
         """End the process."""
@@ -88,10 +93,10 @@ class Function:
         self._traffic.close()
         self.replica.kill()
 
-    def _post(
+    def post(
         self, frame: bytes, shapes: list[Any], states: list[str]
     ) -> tuple[float, dict[str, Any]]:
-        """Return milliseconds and answer; the caller's own work on request and answer left out."""
+        """Send a request; return milliseconds and answer, the caller's own work left out."""
         image = base64.b64encode(frame).decode()
         body = json.dumps({"image": image, "shapes": shapes, "states": states}).encode()
         headers = {"Content-Type": "application/json"}

@@ -99,13 +99,17 @@ def model_environment(options: argparse.Namespace, folder: Path) -> dict[str, st
     return environment
 
 
+def model_config(settings: Settings) -> Any:  # noqa: ANN401  # OmegaConf's
+    """Return the `model` part of the config that settings name."""
+    return OmegaConf.load(find_files(settings)[0]).model
+
+
 def result(
     name: str, options: argparse.Namespace, environment: Mapping[str, str], rows: Sequence[Row]
 ) -> Row:
     """Return a result as the module's docstring says."""
     settings = Settings.from_env(environment)
     weights = f", random weights, seed {SEED}" if options.random else ""
-    config = OmegaConf.load(find_files(settings)[0])
     named = {"SAM2_CONFIG", "SAM2_CHECKPOINT", "SAM2_MODEL_ID", "SAM2_IMAGE_SIZE", "SAM2_DEVICE"}
     places = {"json", "plot", "out", "checkpoint"}
     return {
@@ -114,7 +118,7 @@ def result(
         "model": {
             "name": (Path(settings.config).stem if settings.config else settings.model_id)
             + weights,
-            "image_size": settings.image_size or config.model.image_size,
+            "image_size": settings.image_size or model_config(settings).image_size,
             "settings": {k: v for k, v in sorted(environment.items()) if k not in named and v},
         },
         "options": {k: v for k, v in vars(options).items() if k not in places and v is not None},

@@ -1,0 +1,215 @@
+"""Whether a long track stays as fast and as small as a short one, and abandoned ones leave nothing.
+
+    python -m benchmarks.frames --model-id micro --device cpu --abandon 200
+
+One object is followed over many frames through HTTP and Redis. Around a late frame a second, young
+track is followed in turn with it: both times are from the same moments. The function keeps so few
+frame memories and features that its caches are full at once and all growth would be a leak.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.clip import FIRST_NEW_FRAME, Clip, make_clip
+from benchmarks.contenders import Function
+from benchmarks.harness import (
+    Bench,
+    Panel,
+    Row,
+    add_common_options,
+    describe,
+    draw,
+    model_config,
+    report,
+    result,
+    set_up,
+)
+from benchmarks.turns import median
+from settings import Settings
+from shapes import encode_cvat_rle
+from state_token import StateToken
+
+PICTURES = 40  # frames of the clip, which runs forth and back
+CACHED_MEMORIES = 16
+STEPS_BEFORE_ABANDONED = 3
+MB = 1 << 20
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, and write what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_common_options(parser)
+    parser.add_argument("--frames", type=int, default=1000)
+    parser.add_argument("--early", type=int, default=30, help="frame to compare the late one with")
+    parser.add_argument("--late", type=int, default=900)
+    parser.add_argument("--window", type=int, default=21, help="frames around both, for medians")
+    parser.add_argument("--every", type=int, default=50, help="frames between looks at memory")
+    parser.add_argument("--abandon", type=int, default=0, help="tracks to start and leave")
+    parser.add_argument("--size", type=int, nargs=2, default=(360, 640), metavar=("H", "W"))
+    options = parser.parse_args(arguments)
+    with set_up(options) as bench:
+        clip = make_clip(bench.folder / "clip", PICTURES, 1, tuple(options.size))
+        rows, flat = follow(bench, clip, options)
+        abandoned = abandon(bench, clip, options.abandon) if options.abandon else []
+        found = result("frames", options, bench.environment, rows)
+    found |= {"flat": flat, "abandoned": abandoned}
+    report(found, options, ["frame", "ours_ms", "redis_bytes", "redis_keys", "process_bytes"])
+    print(
+        f"frame {options.late} takes {flat['late_over_early']} of the time of frame "
+        f"{options.early} ({flat['late_ms']} and {flat['early_ms']} ms, {options.window} pairs)"
+    )
+    for row in abandoned:
+        print(
+            f"{row['tracks']} tracks abandoned: process {row['process_bytes'] / MB:.1f} MB, "
+            f"Redis {row['redis_bytes'] / MB:.1f} MB"
+        )
+    if options.plot:
+        plot(found, options.plot)
+
+
+def follow(bench: Bench, clip: Clip, options: argparse.Namespace) -> tuple[list[Row], Row]:
+    """Return a row per look at a long track, and how its late steps compare with early ones."""
+    rows, times, pairs = [], [], []
+    with closing(Function(small_caches(bench), bench.server, bench.folder)) as function:
+        old, young = Track(function, clip), Track(function, clip, ahead=PICTURES // 2)
+        old.start()
+        half = options.window // 2
+        for frame in tqdm(range(1, options.frames + 1), unit="frame", leave=False):
+            place = frame - (options.late - options.early)
+            if place == 0:
+                young.start()
+            turns = [old, young] if 0 < place <= options.early + half else [old]
+            spent = {track: track.step(frame) for track in turns[:: 1 if frame % 2 else -1]}
+            times.append(spent[old])
+            if young in spent and abs(frame - options.late) <= half:
+                pairs.append((spent[old], spent[young]))
+            if frame % options.every == 0:
+                row = {"frame": frame, "ours_ms": median(times[-options.every :])}
+                rows.append(row | old.in_redis() | {"process_bytes": old.process_bytes()})
+    flat: Row = {
+        "late_ms": median(late for late, _ in pairs),
+        "early_ms": median(early for _, early in pairs),
+        "late_over_early": median(late / early for late, early in pairs),
+    }
+    return rows, flat
+
+
+def abandon(bench: Bench, clip: Clip, count: int) -> list[Row]:
+    """Start tracks, leave each after a few steps, and return what is left of them in between."""
+    short_lives = {"SAM2_STATE_TTL": "10", "SAM2_RETRY_WINDOW": "5"}
+    rows = []
+    with (
+        closing(
+            Function(small_caches(bench) | short_lives, bench.server, bench.folder)
+        ) as function,
+        bench.server.client() as client,
+    ):
+        for number in tqdm(range(1, count + 1), unit="track", leave=False):
+            track = Track(function, clip, ahead=number)
+            track.start()
+            for frame in range(1, STEPS_BEFORE_ABANDONED + 1):
+                track.step(frame)
+            if number % max(1, count // 10) == 0:
+                used = int(client.info("memory")["used_memory"])
+                rows.append(
+                    {"tracks": number, "process_bytes": track.process_bytes(), "redis_bytes": used}
+                )
+    return rows
+
+
+def small_caches(bench: Bench) -> dict[str, str]:
+    """Return settings under which the function keeps little from request to request."""
+    settings = Settings.from_env(bench.environment)
+    config = model_config(settings)
+    side = (settings.image_size or config.image_size) // 16
+    memory_bytes = config.memory_encoder.out_dim * side * side * 2
+    cache_mb = -(-CACHED_MEMORIES * memory_bytes // MB)
+    return bench.environment | {
+        "SAM2_MEMORY_CACHE_MB": str(cache_mb),
+        "SAM2_FEATURE_CACHE_FRAMES": "1",
+    }
+
+
+class Track:
+    """One object, followed forth and back through a clip.
+
+    Args:
+        function: Follows it.
+        clip: Its first disc is the object.
+        ahead: Frames that it is ahead of others, so that they do not meet on a frame.
+    """
+
+    def __init__(self, function: Function, clip: Clip, *, ahead: int = 0) -> None:
+        self._function = function
+        self._pictures = clip.frames[FIRST_NEW_FRAME:]
+        self._shape = {"type": "mask", "points": encode_cvat_rle(clip.masks[0])}
+        self._ahead = ahead
+        self._states: list[str] = []
+
+    def start(self) -> None:
+        """Draw the object."""
+        self._function.replica.wait()
+        _, answer = self._function.post(self._picture(0), [self._shape], [])
+        self._states = answer["states"]
+
+    def step(self, frame: int) -> float:
+        """Find the object; return the milliseconds that took."""
+        ms, answer = self._function.post(self._picture(frame), [None], self._states)
+        self._states = answer["states"]
+        return ms
+
+    def in_redis(self) -> Row:
+        """Return the bytes, with Redis's own on them, and the number of the track's keys."""
+        track = StateToken.parse(self._states[0]).track
+        with self._function.server.client() as client:
+            keys = list(client.scan_iter(f"sam2:{{{track}}}:*", count=1000))
+            sizes = [int(client.memory_usage(key) or 0) for key in keys]
+        return {"redis_bytes": sum(sizes), "redis_keys": len(keys)}
+
+    def process_bytes(self) -> int:
+        """Return the memory of the function's process."""
+        return self._function.replica.resident_bytes()
+
+    def _picture(self, frame: int) -> bytes:
+        last = len(self._pictures) - 1
+        return self._pictures[last - abs((frame + self._ahead) % (2 * last) - last)]
+
+
+def plot(found: Row, path: Path) -> None:
+    """Draw time and memory over the frames, and over the abandoned tracks beside it."""
+    rows, abandoned = found["rows"], found["abandoned"]
+    draw(
+        path,
+        title=f"One track over many frames, {found['model']['name']}",
+        x_label="frame",
+        x=[row["frame"] for row in rows],
+        ticks={row["frame"]: str(row["frame"]) for row in rows if row["frame"] % 100 == 0},
+        panels=[
+            Panel("time per frame, ms", {"ours": [row["ours_ms"] for row in rows]}),
+            Panel("the track in Redis, KB", {"ours": [r["redis_bytes"] / 1024 for r in rows]}),
+            Panel("process, MB", {"ours": [row["process_bytes"] / MB for row in rows]}),
+        ],
+        caption=describe(found),
+    )
+    if abandoned:
+        draw(
+            path.with_stem(f"{path.stem}_abandoned"),
+            title=f"Tracks started and abandoned, {found['model']['name']}",
+            x_label="tracks abandoned",
+            x=[row["tracks"] for row in abandoned],
+            panels=[
+                Panel("process, MB", {"ours": [r["process_bytes"] / MB for r in abandoned]}),
+                Panel("Redis, MB", {"state TTL 10 s": [r["redis_bytes"] / MB for r in abandoned]}),
+            ],
+            caption=describe(found),
+        )
+
+
+if __name__ == "__main__":
+    main()
