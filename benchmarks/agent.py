@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -24,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
-import torch
 
-from shapes import Mask, encode_cvat_rle
+from benchmarks.clip import draw_discs
+from benchmarks.harness import describe_machine, machine
+from shapes import encode_cvat_rle
 from tests.conftest import RedisServer
 from tests.cvat_agent_stub import TOKEN, CvatStub
 
@@ -35,28 +34,6 @@ FUNCTIONS = {"tracker": "agent/func.py", "per-object loop": "benchmarks/referenc
 REPOSITORY = Path(__file__).parent.parent
 WARM_UP_FRAMES = 8  # until every object's memory is full
 TASK = 1
-
-
-def make_clip(count: int, objects: int, size_hw: tuple[int, int]) -> tuple[list[bytes], list[Mask]]:
-    """Return PNG frames of discs that drift over a textured ground, and the discs on frame 0."""
-    height, width = size_hw
-    rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 255, (9, 16, 3), dtype=np.uint8)
-    ground = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-    centers = rng.uniform(0.2, 0.8, (objects, 2)) * [width, height]
-    speeds = rng.uniform(-4, 4, (objects, 2))
-    colors = rng.integers(0, 255, (objects, 3)).tolist()
-    frames, masks = [], []
-    for index in range(count):
-        frame = ground.copy()
-        for center, speed, color in zip(centers, speeds, colors, strict=True):
-            x, y = (center + index * speed).astype(int).tolist()
-            cv2.circle(frame, (x, y), height // 14, color, -1)
-            if index == 0:
-                disc = cv2.circle(np.zeros(size_hw, np.uint8), (x, y), height // 14, 1, -1)
-                masks.append(disc.astype(np.bool_))
-        frames.append(cv2.imencode(".png", frame)[1].tobytes())
-    return frames, masks
 
 
 def start_agent(cvat: CvatStub, file: str, environment: dict[str, str]) -> tuple[int, Any]:
@@ -82,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     count = 1 + WARM_UP_FRAMES + options.frames
-    frames, masks = make_clip(count, options.objects, tuple(options.size))
+    pictures, masks = draw_discs(count, options.objects, tuple(options.size))
+    frames = [cv2.imencode(".png", picture)[1].tobytes() for picture in pictures]
     shapes = [{"type": "mask", "points": encode_cvat_rle(mask)} for mask in masks]
     cvat = CvatStub({TASK: frames})
     times: dict[str, list[float]] = {name: [] for name in FUNCTIONS}
@@ -117,15 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             redis.stop()
 
     medians = {name: statistics.median(values) for name, values in times.items()}
-    on_gpu = options.device != "cpu" and torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU"
     height, width = options.size
     print(f"{options.model_id}, device {options.device}, {options.objects} objects")
     print(f"{options.frames} frames of {width} x {height}; median per frame, request to answer")
     for name, seconds in medians.items():
         print(f"{name:16} {seconds * 1000:8.1f} ms")
     print(f"{'ratio':16} {medians['per-object loop'] / medians['tracker']:8.2f}")
-    print(f"machine: {device}, {os.cpu_count()} cores, torch {torch.__version__}")
+    print(f"machine: {describe_machine(machine(options.device))}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import sam2.sam2_video_predictor
 import sam2.utils.misc
 import torch
 from PIL import Image
-from sam2.sam2_video_predictor import SAM2VideoPredictor
+from sam2.sam2_video_predictor import SAM2VideoPredictor, SAM2VideoPredictorVOS
 from tqdm import tqdm
 
 from benchmarks.clip import FIRST_NEW_FRAME, Clip
@@ -33,7 +33,7 @@ from benchmarks.turns import Contender, Step
 from model_handler import inference
 from model_loader import build_predictor, find_files, pick_device
 from settings import RedisSettings, Settings
-from shapes import encode_cvat_rle
+from shapes import Mask, encode_cvat_rle
 from state_store import RedisStateStore, StepWrite, connect
 from state_token import StateToken, new_id
 from tests.conftest import RedisServer
@@ -68,12 +68,7 @@ class Function:
         """See `Contender.start`."""
         self.replica.wait()
         self._frames = clip.frames
-        shapes = [
-            {"type": "mask", "points": encode_cvat_rle(mask)} for mask in clip.masks[:objects]
-        ]
-        answer = self.post(clip.frames[0], shapes, [])[1]
-        tokens = [StateToken.parse(state) for state in answer["states"]]
-        self._states = [str(token) for token in fill_banks(self._store, tokens)]
+        self._states = self.begin(clip.frames[0], clip.masks[:objects])
 
     def step(self, index: int) -> Step:
         """See `Contender.step`."""
@@ -92,6 +87,12 @@ class Function:
         self._store.close()
         self._traffic.close()
         self.replica.kill()
+
+    def begin(self, frame: bytes, masks: Sequence[Mask]) -> list[str]:
+        """Start objects on a frame, fill their memory banks, and return their states."""
+        shapes = [{"type": "mask", "points": encode_cvat_rle(mask)} for mask in masks]
+        _, answer = self.post(frame, shapes, [])
+        return fill_banks(self._store, answer["states"])
 
     def post(
         self, frame: bytes, shapes: list[Any], states: list[str]
@@ -116,7 +117,7 @@ class Predictor:
 
     def __init__(self, model: SAM2VideoPredictor) -> None:
         self._model = model
-        model.fill_hole_area = 0
+        self._model.fill_hole_area = 0
         quiet = functools.partial(tqdm, disable=True)
         sam2.sam2_video_predictor.tqdm = sam2.utils.misc.tqdm = quiet
 
@@ -128,7 +129,7 @@ class Predictor:
             str(clip.folder), self._model.image_size, offload_video_to_cpu=False,
             compute_device=device,
         )  # fmt: skip
-        self.loading_ms = (time.perf_counter() - begin) * 1000 / len(clip.frames)
+        self._loading_ms = (time.perf_counter() - begin) * 1000 / len(clip.frames)
         with inference(device):
             state = self._model.init_state(str(clip.folder))
             for number, mask in enumerate(clip.masks[:objects]):
@@ -148,7 +149,8 @@ class Predictor:
             frame, _, logits = next(self._steps)
             masks = (logits[:, 0] > 0).cpu().numpy()
         assert frame == index
-        return Step((time.perf_counter() - begin) * 1000 + self.loading_ms, masks)
+        ms = (time.perf_counter() - begin) * 1000 + self._loading_ms
+        return Step(ms, masks, loading_ms=self._loading_ms)
 
     def close(self) -> None:
         """Forget the clip."""
@@ -224,18 +226,33 @@ class Traffic:
 
 
 def open_contenders(
-    environment: Mapping[str, str], server: RedisServer, folder: Path, stack: ExitStack
+    names: Sequence[str],
+    environment: Mapping[str, str],
+    server: RedisServer,
+    folder: Path,
+    stack: ExitStack,
+    *,
+    compiled: bool = False,
 ) -> dict[str, Contender]:
-    """Start the function and both references, to be closed with the stack."""
+    """Start `ours`, `predictor` and `loop`, or some of them, to be closed with the stack.
+
+    Args:
+        names: Which.
+        environment: The function's settings, by which the others load the same network.
+        server: Keeps the tracks.
+        folder: For logs.
+        stack: Closes them.
+        compiled: Let SAM 2's predictor compile itself, as its makers recommend for speed.
+    """
     model = load_reference_model(environment)
-    contenders: dict[str, Contender] = {
-        "ours": Function(environment, server, folder),
-        "predictor": Predictor(model),
-        "loop": Loop(model, server),
+    makers: dict[str, Callable[[], Contender]] = {
+        "ours": lambda: Function(environment, server, folder),
+        "predictor": lambda: Predictor(
+            compile_predictor(load_reference_model(environment)) if compiled else model
+        ),
+        "loop": lambda: Loop(model, server),
     }
-    for contender in contenders.values():
-        stack.enter_context(closing(contender))
-    return contenders
+    return {name: stack.enter_context(closing(makers[name]())) for name in names}
 
 
 def load_reference_model(environment: Mapping[str, str]) -> SAM2VideoPredictor:
@@ -245,14 +262,34 @@ def load_reference_model(environment: Mapping[str, str]) -> SAM2VideoPredictor:
     return model.to(pick_device(settings.device)).eval()
 
 
+def compile_predictor(model: SAM2VideoPredictor) -> SAM2VideoPredictor:
+    """Do to a predictor what `build_sam2_video_predictor(vos_optimized=True)` does."""
+    model.__class__ = SAM2VideoPredictorVOS  # whose constructor adds nothing but the next line
+    model._compile_all_components()  # noqa: SLF001
+    # sam2_base.py, what `compile_image_encoder: true` in a config does
+    model.image_encoder.forward = torch.compile(
+        model.image_encoder.forward, mode="max-autotune", fullgraph=True, dynamic=False
+    )
+    return model
+
+
 def open_store(server: RedisServer) -> RedisStateStore:
     """Return the function's store, to write states as the function would."""
     client = connect(RedisSettings("127.0.0.1", server.port))
     return RedisStateStore(client=client, state_ttl_s=8 * 3600, retry_window_s=600)
 
 
-def fill_banks(store: RedisStateStore, tokens: list[StateToken]) -> list[StateToken]:
-    """Write each started track anew, as if it had stood still for fifteen frames."""
+def fill_banks(store: RedisStateStore, states: Sequence[str]) -> list[str]:
+    """Write each started track anew, as if it had stood still for fifteen frames.
+
+    Args:
+        store: The function's.
+        states: State tokens as the function answered them.
+
+    Returns:
+        The new tokens.
+    """
+    tokens = [StateToken.parse(state) for state in states]
     keys = [(token.track, token.step) for token in tokens]
     values = zip(tokens, store.load_states(tokens), store.load_memories(keys), strict=True)
     filled = []
@@ -281,7 +318,7 @@ def fill_banks(store: RedisStateStore, tokens: list[StateToken]) -> list[StateTo
             for id_ in state.memory_ids
         }
         store.save([StepWrite(token=token, state=encode_state(state), memories=memories)])
-        filled.append(token)
+        filled.append(str(token))
     return filled
 
 

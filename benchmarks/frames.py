@@ -3,8 +3,8 @@
     python -m benchmarks.frames --model-id micro --device cpu --abandon 200
 
 One object is followed over many frames through HTTP and Redis. Around a late frame a second, young
-track is followed in turn with it: both times are from the same moments. The function keeps so few
-frame memories and features that its caches are full at once and all growth would be a leak.
+track is followed in turn with it: both times are from the same moments. The function keeps few
+frame memories and features, and tracks for a minute, so that what may grow has soon done so.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from state_token import StateToken
 
 PICTURES = 40  # frames of the clip, which runs forth and back
 CACHED_MEMORIES = 16
+LIFE_S = 60  # of a track that nobody uses
 STEPS_BEFORE_ABANDONED = 3
 MB = 1 << 20
 
@@ -53,10 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--abandon", type=int, default=0, help="tracks to start and leave")
     parser.add_argument("--size", type=int, nargs=2, default=(360, 640), metavar=("H", "W"))
     options = parser.parse_args(arguments)
-    with set_up(options) as bench:
+    with (
+        set_up(options) as bench,
+        closing(Function(short_memory(bench), bench.server, bench.folder)) as function,
+    ):
         clip = make_clip(bench.folder / "clip", PICTURES, 1, tuple(options.size))
-        rows, flat = follow(bench, clip, options)
-        abandoned = abandon(bench, clip, options.abandon) if options.abandon else []
+        rows, flat = follow(function, clip, options)
+        abandoned = abandon(function, clip, options.abandon) if options.abandon else []
         found = result("frames", options, bench.environment, rows)
     found |= {"flat": flat, "abandoned": abandoned}
     report(found, options, ["frame", "ours_ms", "redis_bytes", "redis_keys", "process_bytes"])
@@ -73,25 +77,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plot(found, options.plot)
 
 
-def follow(bench: Bench, clip: Clip, options: argparse.Namespace) -> tuple[list[Row], Row]:
+def follow(function: Function, clip: Clip, options: argparse.Namespace) -> tuple[list[Row], Row]:
     """Return a row per look at a long track, and how its late steps compare with early ones."""
     rows, times, pairs = [], [], []
-    with closing(Function(small_caches(bench), bench.server, bench.folder)) as function:
-        old, young = Track(function, clip), Track(function, clip, ahead=PICTURES // 2)
-        old.start()
-        half = options.window // 2
-        for frame in tqdm(range(1, options.frames + 1), unit="frame", leave=False):
-            place = frame - (options.late - options.early)
-            if place == 0:
-                young.start()
-            turns = [old, young] if 0 < place <= options.early + half else [old]
-            spent = {track: track.step(frame) for track in turns[:: 1 if frame % 2 else -1]}
-            times.append(spent[old])
-            if young in spent and abs(frame - options.late) <= half:
-                pairs.append((spent[old], spent[young]))
-            if frame % options.every == 0:
-                row = {"frame": frame, "ours_ms": median(times[-options.every :])}
-                rows.append(row | old.in_redis() | {"process_bytes": old.process_bytes()})
+    old, young = Track(function, clip), Track(function, clip, ahead=PICTURES // 2)
+    old.start()
+    half = options.window // 2
+    for frame in tqdm(range(1, options.frames + 1), unit="frame", leave=False):
+        age = frame - (options.late - options.early)  # of the young track
+        if age == 0:
+            young.start()
+        turns = [old, young] if 0 < age <= options.early + half else [old]
+        spent = {track: track.step(frame) for track in turns[:: 1 if frame % 2 else -1]}
+        times.append(spent[old])
+        if abs(frame - options.late) <= half:
+            pairs.append((spent[old], spent[young]))
+        if frame % options.every == 0:
+            row = {"frame": frame, "ours_ms": median(times[-options.every :])}
+            rows.append(row | old.in_redis() | {"process_bytes": old.process_bytes()})
     flat: Row = {
         "late_ms": median(late for late, _ in pairs),
         "early_ms": median(early for _, early in pairs),
@@ -100,16 +103,10 @@ def follow(bench: Bench, clip: Clip, options: argparse.Namespace) -> tuple[list[
     return rows, flat
 
 
-def abandon(bench: Bench, clip: Clip, count: int) -> list[Row]:
+def abandon(function: Function, clip: Clip, count: int) -> list[Row]:
     """Start tracks, leave each after a few steps, and return what is left of them in between."""
-    short_lives = {"SAM2_STATE_TTL": "10", "SAM2_RETRY_WINDOW": "5"}
     rows = []
-    with (
-        closing(
-            Function(small_caches(bench) | short_lives, bench.server, bench.folder)
-        ) as function,
-        bench.server.client() as client,
-    ):
+    with function.server.client() as client:
         for number in tqdm(range(1, count + 1), unit="track", leave=False):
             track = Track(function, clip, ahead=number)
             track.start()
@@ -123,16 +120,17 @@ def abandon(bench: Bench, clip: Clip, count: int) -> list[Row]:
     return rows
 
 
-def small_caches(bench: Bench) -> dict[str, str]:
-    """Return settings under which the function keeps little from request to request."""
+def short_memory(bench: Bench) -> dict[str, str]:
+    """Return settings under which little is kept, so that what is kept stops growing at once."""
     settings = Settings.from_env(bench.environment)
     config = model_config(settings)
     side = (settings.image_size or config.image_size) // 16
     memory_bytes = config.memory_encoder.out_dim * side * side * 2
-    cache_mb = -(-CACHED_MEMORIES * memory_bytes // MB)
     return bench.environment | {
-        "SAM2_MEMORY_CACHE_MB": str(cache_mb),
+        "SAM2_MEMORY_CACHE_MB": str(-(-CACHED_MEMORIES * memory_bytes // MB)),
         "SAM2_FEATURE_CACHE_FRAMES": "1",
+        "SAM2_STATE_TTL": str(LIFE_S),
+        "SAM2_RETRY_WINDOW": str(LIFE_S // 2),
     }
 
 
@@ -205,7 +203,10 @@ def plot(found: Row, path: Path) -> None:
             x=[row["tracks"] for row in abandoned],
             panels=[
                 Panel("process, MB", {"ours": [r["process_bytes"] / MB for r in abandoned]}),
-                Panel("Redis, MB", {"state TTL 10 s": [r["redis_bytes"] / MB for r in abandoned]}),
+                Panel(
+                    "Redis, MB",
+                    {f"tracks live {LIFE_S} s": [r["redis_bytes"] / MB for r in abandoned]},
+                ),
             ],
             caption=describe(found),
         )

@@ -9,6 +9,7 @@ time divided by that of x: below 1 we are faster.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -152,26 +153,49 @@ def report(found: Row, options: argparse.Namespace, columns: Sequence[str]) -> N
     Args:
         found: See `result`.
         options: See `add_common_options`.
-        columns: Names in the rows to print; rows that lack one leave it empty.
+        columns: See `table`.
     """
-    print(f"python -m benchmarks.{found['benchmark']}: {describe(found)}")
-    cells = [[*columns], *([_cell(row.get(name)) for name in columns] for row in found["rows"])]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print(f"{found['benchmark']}: {describe(found)}\n{table(found['rows'], columns)}")
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(found, options.json)
+
+
+def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """Return some columns of rows as text; what a row lacks stays empty."""
+    cells = [[*columns], *([_cell(row.get(name)) for name in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in cells
+    )
+    return "\n".join(lines)
+
+
+def write_json(found: Row, path: Path) -> None:
+    """Write a result."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def has_setting(name: str) -> bool:
+    """Return whether the function has a setting of this name: some came later than others."""
+    return name in {field.name for field in dataclasses.fields(Settings)}
 
 
 def describe(found: Row) -> str:
     """Return model and machine in a line."""
-    model, where = found["model"], found["machine"]
+    model = found["model"]
     settings = "".join(f", {name}={value}" for name, value in model["settings"].items())
+    where = describe_machine(found["machine"])
+    return f"{model['name']} at {model['image_size']} px{settings}; {where}"
+
+
+def describe_machine(where: Row) -> str:
+    """Return a machine in a line."""
     device = where["cpu"] if where["device"] == "cpu" else f"{where['device']} and {where['cpu']}"
     return (
-        f"{model['name']} at {model['image_size']} px{settings}; {device}, {where['cores']} cores, "
-        f"{where['threads']} threads, torch {where['torch']}, load {where['busy']}"
+        f"{device}, {where['cores']} cores, {where['threads']} threads, torch {where['torch']}, "
+        f"load {where['busy']}"
     )
 
 

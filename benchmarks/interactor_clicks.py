@@ -13,19 +13,17 @@ import argparse
 import base64
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
-import torch
 from nuclio_sdk import Context, Event, Logger
 
 import interactor_main as function
+from benchmarks.harness import machine
 from tests.random_weights import write_checkpoint
 
 CONFIG = "configs/sam2.1/sam2.1_hiera_t.yaml"
@@ -57,7 +55,7 @@ def main() -> None:
         "met": further_ms <= BAR * first_ms,
         "frame": f"{FRAME_HW[1]} x {FRAME_HW[0]} PNG",
         "model": f"{CONFIG}, 1024 px",
-        "machine": machine(),
+        "machine": machine(os.environ["SAM2_DEVICE"]),
     }
     print(json.dumps(result, indent=1))
 
@@ -77,21 +75,6 @@ def time_clicks(context: Context, seed: int) -> list[float]:
         times.append((time.perf_counter() - begin) * 1000)
         assert response.status_code == 200, response.body
     return times
-
-
-def machine() -> dict[str, Any]:
-    """Return what the times depend on."""
-    lines = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [
-        line.partition(": ")[2] for line in lines.splitlines() if line.startswith("model name")
-    ]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "device": os.environ["SAM2_DEVICE"],
-    }
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         clip = make_clip(
             bench.folder / "clip", options.frames + 1, max(options.objects), tuple(options.size)
         )
-        contenders = open_contenders(bench.environment, bench.server, bench.folder, stack)
+        contenders = open_contenders(
+            ("ours", "predictor", "loop"), bench.environment, bench.server, bench.folder, stack
+        )
         rows = [measure(contenders, clip, count, options.frames) for count in options.objects]
         found = result("objects", options, bench.environment, rows)
     report(found, options, COLUMNS)
@@ -54,11 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plot(found, options.plot)
 
 
-def measure(contenders: Mapping[str, Contender], clip: Clip, objects: int, frames: int) -> Row:
+def measure(
+    contenders: Mapping[str, Contender], clip: Clip, objects: int, frames: int, warm_up: int = 1
+) -> Row:
     """Return the row of one number of objects; bytes are per object and step."""
     for contender in contenders.values():
         contender.start(clip, objects)
-    steps = take_turns(contenders, frames=frames, name=f"{objects} objects")
+    steps = take_turns(contenders, frames=frames, warm_up=warm_up, name=f"{objects} objects")
     row: Row = {"objects": objects, **compare(steps)}
     for who, prefix in (("ours", ""), ("loop", "loop_")):
         row[f"{prefix}written_bytes"] = round(median(s.written / objects for s in steps[who]))

@@ -26,6 +26,7 @@ class Step:
         written: Bytes that Redis received.
         read: Bytes that Redis sent.
         report: The function's log line; nothing for others.
+        loading_ms: What of `ms` is the frame's share of the time in which a folder was loaded.
     """
 
     ms: float
@@ -33,6 +34,7 @@ class Step:
     written: int = 0
     read: int = 0
     report: Mapping[str, Any] = field(default_factory=dict)
+    loading_ms: float = 0.0
 
 
 class Contender(Protocol):

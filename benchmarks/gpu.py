@@ -1,0 +1,223 @@
+"""Everything that only a GPU can tell, in one command: correctness, frames per second, shares.
+
+    python -m benchmarks.gpu --out out/gpu
+    python -m benchmarks.gpu --out out/gpu --random       # where no hub is in reach
+    python -m benchmarks.gpu --out out/gpu --device cpu --quick    # tries the script itself
+
+Masks on the device are compared with those on the CPU in float32, with the bundled `micro` weights
+on held-out synthetic clips. Then frames per second through HTTP and Redis, as in `objects`, for
+SAM 2.1 tiny and large; once as they come, once with `SAM2_COMPILE` against a predictor that its
+makers' own options compile. The loop per object is never compiled. Writes `gpu.json` and plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
+from tqdm import tqdm
+
+from benchmarks import objects
+from benchmarks.clip import make_clip
+from benchmarks.contenders import open_contenders
+from benchmarks.harness import (
+    Panel,
+    Row,
+    describe,
+    describe_machine,
+    draw,
+    has_setting,
+    machine,
+    result,
+    set_up,
+    table,
+    write_json,
+)
+from engine import Engine, LocalEngine
+from protocol import Continue, Start
+from settings import Settings
+from shapes import Mask, Shape, ShapeType, encode_cvat_rle
+from training.held_out import choose_held_out
+from training.metrics import region_iou
+
+MODELS = ("facebook/sam2.1-hiera-tiny", "facebook/sam2.1-hiera-large")
+SETTLING_FRAMES = 3  # shapes that are seen for the first time are compiled
+COLUMNS = ["model", "compiled", "objects", "ours_fps", "predictor_fps", "loop_fps",
+           "ours_over_predictor", "ours_over_loop", "not_network_ms", "not_network_share",
+           "written_bytes", "read_bytes"]  # fmt: skip
+# What is to be reached: mean IoU with the CPU's masks; frames per second over the compiled
+# predictor's for one object; time of 16 objects over that of one; frames per second over the loop's
+# for 16 objects.
+BARS = {"iou": 0.99, "one_object": 0.8, "sixteen_over_one": 4.0, "sixteen_over_loop": 8.0}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, and write what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and plots")
+    parser.add_argument("--models", nargs="+", default=MODELS, help="ids, as SAM2_MODEL_ID")
+    parser.add_argument("--random", action="store_true", help="random weights instead of the hub's")
+    parser.add_argument("--device", default="cuda", help="as SAM2_DEVICE")
+    parser.add_argument("--image-size", type=int, help="as SAM2_IMAGE_SIZE")
+    parser.add_argument("--objects", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--frames", type=int, default=20, help="frames to measure")
+    parser.add_argument("--clips", type=int, default=10, help="held-out clips to compare masks on")
+    parser.add_argument("--size", type=int, nargs=2, default=(1080, 1920), metavar=("H", "W"))
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument(
+        "--quick", action="store_true", help="micro, nothing compiled, a few small frames"
+    )
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.models, options.no_compile = ["micro"], True
+        options.objects, options.frames, options.clips, options.size = [1, 2], 2, 1, (180, 320)
+    found: Row = {
+        "benchmark": "gpu",
+        "machine": machine(options.device),
+        "correctness": compare_masks(options),
+        "rows": [],
+    }
+    for model in options.models:
+        measured = [
+            measure(model, options, compiled=compiled)
+            for compiled in ((False,) if options.no_compile else (False, True))
+        ]
+        name = model.rpartition("/")[2]
+        plot(measured, options.out / f"{name}.png")
+        found["rows"] += [{"model": name, **row} for one in measured for row in one["rows"]]
+    found["reached"] = judge(found)
+    write_json(found, options.out / "gpu.json")
+    print(f"{describe_machine(found['machine'])}\n{found['correctness']}")
+    print(table(found["rows"], COLUMNS))
+    for name, reached in found["reached"].items():
+        print(f"{name}: {reached}")
+
+
+def compare_masks(options: argparse.Namespace) -> Row:
+    """Return the IoU of the device's masks with the CPU's, over objects and frames."""
+    ious = []
+    with ExitStack() as stack:
+        engines = [
+            stack.enter_context(closing(LocalEngine(Settings(model_id="micro", device=device))))
+            for device in (options.device, "cpu")
+        ]
+        clips = choose_held_out(options.clips)
+        for held_out in tqdm(clips, total=options.clips, unit="clip", leave=False):
+            clip = held_out.make()
+            frames = [Image.fromarray(frame) for frame in clip.frames]
+            prompts = [clip.mask(0, body) for body in held_out.bodies]
+            on_device, on_cpu = (follow(engine, frames, prompts) for engine in engines)
+            ious += [region_iou(*pair) for pair in zip(on_device, on_cpu, strict=True)]
+    return {
+        "model": "micro",
+        "masks": len(ious),
+        "mean_iou": round(float(np.mean(ious)), 6),
+        "median_iou": round(float(np.median(ious)), 6),
+        "worst_iou": round(float(np.min(ious)), 6),
+    }
+
+
+def follow(engine: Engine, frames: Sequence[Image.Image], prompts: Sequence[Mask]) -> list[Mask]:
+    """Return the masks of all objects on all frames but the first."""
+    drawn = [Shape(ShapeType.MASK, encode_cvat_rle(mask)) for mask in prompts]
+    found = engine.track(frames[0], [Start(shape) for shape in drawn])
+    masks = []
+    for frame in frames[1:]:
+        found = engine.track(frame, [Continue(one.token) for one in found])
+        masks += [one.mask for one in found if one.mask is not None]
+    assert len(masks) == len(prompts) * (len(frames) - 1)
+    return masks
+
+
+def measure(model: str, options: argparse.Namespace, *, compiled: bool) -> Row:
+    """Return the result of `objects` for a model, with frames per second."""
+    random = options.random and model in HF_MODEL_ID_TO_FILENAMES
+    chosen = argparse.Namespace(
+        model_id=None if random else model,
+        config=HF_MODEL_ID_TO_FILENAMES[model][0] if random else None,
+        checkpoint=None,
+        random=random,
+        device=options.device,
+        image_size=options.image_size,
+    )
+    with set_up(chosen) as bench, ExitStack() as stack:
+        if compiled and has_setting("compile"):
+            bench.environment["SAM2_COMPILE"] = "on"
+        clip = make_clip(
+            bench.folder / "clip",
+            options.frames + SETTLING_FRAMES,
+            max(options.objects),
+            tuple(options.size),
+        )
+        contenders = open_contenders(
+            ("ours", "predictor", "loop"),
+            bench.environment,
+            bench.server,
+            bench.folder,
+            stack,
+            compiled=compiled,
+        )
+        rows = [
+            objects.measure(contenders, clip, count, options.frames, warm_up=SETTLING_FRAMES)
+            for count in options.objects
+        ]
+        for row in rows:
+            row["compiled"] = compiled
+            row |= {f"{who}_fps": round(1000 / row[f"{who}_ms"], 2) for who in contenders}
+        return result("gpu", chosen, bench.environment, rows)
+
+
+def judge(found: Row) -> dict[str, str]:
+    """Return how the device's masks and the first model's speed stand to `BARS`."""
+    first = found["rows"][0]["model"]
+    rows = [row for row in found["rows"] if row["model"] == first]
+    at = {(row["compiled"], row["objects"]): row for row in rows}
+    fastest = any(row["compiled"] for row in rows)
+    one, many = at.get((fastest, 1)), at.get((fastest, 16))
+    iou = found["correctness"]["mean_iou"]
+    said = {"iou": f"{iou} (at least {BARS['iou']})"}
+    if one:
+        ratio = 1 / one["ours_over_predictor"]
+        said["one_object"] = f"{ratio:.2f} of the predictor's (at least {BARS['one_object']})"
+    if one and many:
+        ratio = many["ours_ms"] / one["ours_ms"]
+        said["sixteen_over_one"] = f"{ratio:.2f} (at most {BARS['sixteen_over_one']})"
+        ratio = 1 / many["ours_over_loop"]
+        said["sixteen_over_loop"] = f"{ratio:.2f} (at least {BARS['sixteen_over_loop']})"
+    return said
+
+
+def plot(measured: Sequence[Row], path: Path) -> None:
+    """Draw frames per second by objects, as they come and compiled."""
+    names = {"ours": "this function, HTTP and Redis", "predictor": "SAM2VideoPredictor",
+             "loop": "loop per object, Redis"}  # fmt: skip
+    speeds, ratios = {}, {}
+    for one in measured:
+        rows = one["rows"]
+        kind = ", compiled" if rows[0]["compiled"] else ""
+        for who, name in names.items():
+            if who != "loop" or not kind:
+                speeds[name + kind] = [row[f"{who}_fps"] for row in rows]
+        for who in ("predictor", "loop"):
+            ratios[f"ours / {names[who]}{kind}"] = [1 / row[f"ours_over_{who}"] for row in rows]
+    draw(
+        path,
+        title=f"Frames per second by objects, {measured[0]['model']['name']}",
+        x_label="objects on the frame",
+        x=[row["objects"] for row in measured[0]["rows"]],
+        log_x=True,
+        panels=[
+            Panel("frames per second", speeds, log=True),
+            Panel("ratio of frames per second", ratios, level=1),
+        ],
+        caption=describe(measured[-1]),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The benchmarks run, and their results have what tables, plots and docs are made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import frames, gpu, input_sizes, objects, profile_request, replicas, sizes
+from benchmarks.clip import FIRST_NEW_FRAME, make_clip
+from benchmarks.contenders import Function, Loop, Predictor, load_reference_model
+from benchmarks.turns import Contender
+from shapes import decode_cvat_rle
+from tests.conftest import RedisServer
+
+MICRO = ["--model-id", "micro", "--device", "cpu", "--image-size", "128"]
+SMALL = ["--size", "90", "160"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Run a benchmark with small settings; return its result, and check that it drew it."""
+
+    def run(main: Callable[[Sequence[str]], None], *options: str) -> dict[str, Any]:
+        files = ["--json", str(tmp_path / "found.json"), "--plot", str(tmp_path / "found.png")]
+        main([*MICRO, *files, *options])
+        found: dict[str, Any] = json.loads((tmp_path / "found.json").read_text())
+        with Image.open(tmp_path / "found.png") as picture:
+            assert picture.width == 960
+        assert found["machine"]["cores"] >= 1
+        assert found["model"] == {"name": "micro", "image_size": 128, "settings": {}}
+        return found
+
+    return run
+
+
+def test_all_contenders_do_the_same_work(redis_server: RedisServer, tmp_path: Path) -> None:
+    """With banks filled by copies, the function, the predictor and the loop find the same discs."""
+    clip = make_clip(tmp_path / "clip", 2, 2, (90, 160))
+    environment = {"SAM2_MODEL_ID": "micro", "SAM2_DEVICE": "cpu"}
+    model = load_reference_model(environment)
+    function = Function(environment, redis_server, tmp_path)
+    contenders: list[Contender] = [function, Predictor(model), Loop(model, redis_server)]
+    for contender in contenders:
+        contender.start(clip, 2)
+    ours, predictor, loop = (contender.step(FIRST_NEW_FRAME) for contender in contenders)
+    found = [decode_cvat_rle(shape["points"], clip.size_hw) for shape in ours.answer]
+    for contender in contenders:
+        contender.close()
+
+    assert iou(found, predictor.answer) > 0.95
+    assert iou(found, loop.answer) > 0.7  # it resizes in its own ways
+    assert ours.report["continued"] == 2
+    assert ours.written == pytest.approx(ours.report["bytes_written"], rel=0.1)
+    assert loop.written > 10 * ours.written
+
+
+def iou(masks: Sequence[Any], others: Sequence[Any]) -> float:
+    """Return the intersection over union of all masks together."""
+    a, b = np.stack(masks), np.stack(others)
+    return float(np.count_nonzero(a & b) / np.count_nonzero(a | b))
+
+
+def test_objects_are_timed_in_turn_with_both_references(run: Callable[..., dict[str, Any]]) -> None:
+    """There is a row per number of objects, with medians, ratios and bytes per object."""
+    one, two = run(objects.main, "--objects", "1", "2", "--frames", "2", *SMALL)["rows"]
+
+    for row, count in ((one, 1), (two, 2)):
+        assert row["objects"] == count
+        assert row["ours_over_predictor"] == pytest.approx(
+            row["ours_ms"] / row["predictor_ms"], rel=0.01
+        )
+        assert row["ours_over_loop"] == pytest.approx(row["ours_ms"] / row["loop_ms"], rel=0.01)
+        assert 0 < row["not_network_ms"] < row["ours_ms"]
+        assert [len(times) for times in row["all_ms"].values()] == [2, 2, 2]
+    assert one["written_bytes"] == pytest.approx(two["written_bytes"], rel=0.1)
+    assert one["read_bytes"] < one["loop_read_bytes"]
+
+
+def test_a_long_track_is_compared_with_a_young_one(run: Callable[..., dict[str, Any]]) -> None:
+    """There are looks at time and memory, pairs around the late frame, and what was abandoned."""
+    options = ["--frames", "24", "--early", "4", "--late", "22", "--window", "3", "--every", "12"]
+    found = run(frames.main, *options, "--abandon", "2", *SMALL)
+
+    assert [row["frame"] for row in found["rows"]] == [12, 24]
+    assert found["rows"][1]["redis_keys"] == 17  # the most a track has: see state_store.py
+    assert set(found["flat"]) == {"late_ms", "early_ms", "late_over_early"}
+    assert [row["tracks"] for row in found["abandoned"]] == [1, 2]
+    assert all(row["process_bytes"] > 0 for row in found["rows"] + found["abandoned"])
+
+
+def test_frame_sizes_are_named(run: Callable[..., dict[str, Any]]) -> None:
+    """Each size has our time, the predictor's, and what of the latter is loading."""
+    (row,) = run(sizes.main, "--sizes", "480p", "--frames", "1")["rows"]
+
+    assert (row["size"], row["pixels"]) == ("480p", 480 * 854)
+    assert 0 < row["predictor_loading_ms"] < row["predictor_ms"]
+
+
+def test_replicas_serve_concurrent_clients(run: Callable[..., dict[str, Any]]) -> None:
+    """Each number of replicas and clients has a rate and its waiting times."""
+    options = ["--replicas", "1", "2", "--clients", "2", "--rounds", "1", "--seconds", "0.5"]
+    rows = run(replicas.main, *options, *SMALL)["rows"]
+
+    assert [(row["replicas"], row["clients"]) for row in rows] == [(1, 2), (2, 2)]
+    assert all(row["requests"] > 0 and row["p50_ms"] <= row["p99_ms"] for row in rows)
+    assert rows[0]["over_one_replica"] == 1
+
+
+def test_input_sizes_have_speed_and_masks(run: Callable[..., dict[str, Any]]) -> None:
+    """A size has its time and, against the truth of a clip, J and F."""
+    (row,) = run(input_sizes.main, "--sizes", "128", "--frames", "1", "--clips", "1", *SMALL)[
+        "rows"
+    ]
+
+    assert row["over_largest"] == 1
+    assert 0 < row["j"] < 1
+    assert 0 < row["f"] < 1
+
+
+def test_a_gpus_script_runs_without_one(tmp_path: Path) -> None:
+    """On a CPU the masks are compared with themselves, and every row has frames per second."""
+    gpu.main(["--out", str(tmp_path), "--device", "cpu", "--quick", "--image-size", "128"])
+    found = json.loads((tmp_path / "gpu.json").read_text())
+
+    assert found["correctness"]["mean_iou"] == 1
+    assert [row["objects"] for row in found["rows"]] == [1, 2]
+    for row in found["rows"]:
+        assert row["ours_fps"] == pytest.approx(1000 / row["ours_ms"], rel=0.01)
+    assert (tmp_path / "micro.png").exists()
+
+
+def test_a_request_is_profiled(tmp_path: Path) -> None:
+    """The profile names operators, and the stages of a request."""
+    out, path = tmp_path / "profile.txt", tmp_path / "found.json"
+    files = ["--out", str(out), "--json", str(path)]
+    profile_request.main([*MICRO, *files, "--objects", "1", "--frames", "1", *SMALL])
+    row = json.loads(path.read_text())["rows"][0]
+
+    assert {"decode", "encode", "model", "store"} <= set(row["stages_ms"])
+    assert "aten::" in row["operators"][0]["name"]
+    assert "Self CPU" in out.read_text()
