@@ -16,6 +16,7 @@ from sam2.sam2_video_predictor import SAM2VideoPredictor
 
 from errors import SettingsError
 from model_handler import ModelHandler
+from rearranged import rearrange
 from settings import Settings
 from track_state import MEMORY_REACH, POINTER_REACH, SCHEMA_VERSION
 
@@ -45,6 +46,8 @@ def load_model(settings: Settings) -> ModelHandler:
             device is not there; the message says what to do.
     """
     model, fingerprint = load_predictor(settings)
+    if model.device.type == "cpu" and not settings.bit_exact:
+        rearrange(model)
     batch_objects = settings.batch_objects or (
         CUDA_BATCH_OBJECTS if model.device.type == "cuda" else CPU_BATCH_OBJECTS
     )

@@ -91,6 +91,7 @@ class Settings:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         image_size: Side of the square the model sees, in pixels; None keeps the config's.
         batch_objects: Objects per forward pass; None means 1 on CPU and 32 on CUDA.
+        bit_exact: Whether a CPU computes SAM 2 as its authors wrote it, not in fewer operations.
         memory_cache_bytes: Frame memories a replica keeps on its device.
         feature_cache_frames: Encoded frames a replica keeps on its device.
         polygon_tolerance: How far, in pixels, a polygon may run beside the mask's outline.
@@ -107,6 +108,7 @@ class Settings:
     device: str = "auto"
     image_size: int | None = None
     batch_objects: int | None = None
+    bit_exact: bool = False
     memory_cache_bytes: int = 1024 * 1024 * 1024
     feature_cache_frames: int = 4
     polygon_tolerance: float = 1.0
@@ -147,6 +149,7 @@ class Settings:
                 "SAM2_IMAGE_SIZE", None, _image_size, "a multiple of 32 from 64 to 2048"
             ),
             batch_objects=read.integer("SAM2_BATCH_OBJECTS", None, 1, 256),
+            bit_exact=read.flag("SAM2_BIT_EXACT", default=cls.bit_exact),
             memory_cache_bytes=read.integer("SAM2_MEMORY_CACHE_MB", 1024, 0, 1 << 20) << 20,
             feature_cache_frames=read.integer(
                 "SAM2_FEATURE_CACHE_FRAMES", cls.feature_cache_frames, 1, 256

@@ -46,6 +46,7 @@ def main() -> None:
                         "SAM2_CHECKPOINT": str(checkpoint),
                         "SAM2_IMAGE_SIZE": str(image_size),
                         "SAM2_DEVICE": "cpu",
+                        "SAM2_BIT_EXACT": "on",
                     }
                     all_equal &= compare(environment, frames[:count])
         finally:

@@ -39,6 +39,7 @@ def function_and_reference(
         checkpoint = write_checkpoint(config, folder / "weights.pt")
     write_frames(folder, jpeg_frames(FRAMES))
     environment = {"SAM2_CONFIG": config, "SAM2_CHECKPOINT": str(checkpoint)}
+    environment["SAM2_BIT_EXACT"] = "on"
     function = start_function(redis_server.environment | environment)
     return function, Reference(config, checkpoint, IMAGE_SIZE, folder)
 

@@ -176,9 +176,13 @@ def test_every_further_click_refines_as_the_image_predictor_does(
 
 
 def test_mask_of_a_click_tracks_on(
-    interactor: Function, function: Function, checkpoint: Path, tmp_path: Path
+    interactor: Function,
+    start_function: Callable[[dict[str, str]], Function],
+    checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     """From click to tracked frames: as SAM2VideoPredictor follows what SAM2ImagePredictor found."""
+    function = start_function({"SAM2_BIT_EXACT": "on"})
     clip = jpeg_frames(16)
     image_reference = ImageReference(CONFIG, checkpoint, IMAGE_SIZE, area=AREA)
     image_reference.set_image(Image.open(io.BytesIO(clip[0])))

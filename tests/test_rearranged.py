@@ -1,0 +1,192 @@
+"""SAM 2 in fewer operations is still SAM 2: equal but for rounding, whatever came before."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sam2
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+
+from model_handler import FrameFeatures, ModelHandler, ObjectOutput
+from model_loader import load_model
+from rearranged import RearrangedMemoryAttention, _RunningSoftmax, rearrange
+from settings import Settings
+from shapes import ShapeType
+from tests.clips import SIZE_HW, blob_mask, block_mask, jpeg_frames
+from tests.conftest import CONFIG, IMAGE_SIZE
+from track_state import PastFrame, TrackState
+from training.function_client import FunctionClient
+from training.held_out import choose_held_out
+from training.metrics import region_iou
+
+FRAMES = 18  # more than SAM 2 remembers
+
+
+def load(checkpoint: Path, *, bit_exact: bool) -> ModelHandler:
+    """Load the test model, whose weights react to the smallest inexactness."""
+    return load_model(
+        Settings(
+            config=CONFIG,
+            checkpoint=str(checkpoint),
+            image_size=IMAGE_SIZE,
+            device="cpu",
+            bit_exact=bit_exact,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def exact(checkpoint: Path) -> ModelHandler:
+    """SAM 2's own modules."""
+    return load(checkpoint, bit_exact=True)
+
+
+@pytest.fixture(scope="module")
+def rearranged(checkpoint: Path) -> ModelHandler:
+    """The same weights in fewer operations."""
+    return load(checkpoint, bit_exact=False)
+
+
+def features_of(model: ModelHandler, index: int) -> FrameFeatures:
+    """Encode one frame of the test clip."""
+    data = jpeg_frames(FRAMES)[index]
+    return model.encode_frame(str(index), lambda: Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def states_along_the_clip(
+    model: ModelHandler,
+) -> tuple[list[TrackState], dict[str, torch.Tensor]]:
+    """Return an object's states after each frame of the clip, and all its frame memories."""
+    output = model.start_from_mask(features_of(model, 0), model.mask_prompt(blob_mask()))
+    states = [
+        TrackState("", SIZE_HW, ShapeType.MASK, None, (PastFrame("0", 0, output.obj_ptr),)),
+    ]
+    memories = {"0": output.memory}
+    for index in range(1, FRAMES):
+        (output,) = model.step(features_of(model, index), states[-1:], memories)
+        memories[str(index)] = output.memory
+        states.append(states[-1].advance(str(index), output.obj_ptr, None))
+    return states, memories
+
+
+def assert_close(one: ObjectOutput, other: ObjectOutput) -> None:
+    """Compare what two models say, but for rounding."""
+    assert torch.allclose(one.low_res_logits, other.low_res_logits, rtol=0, atol=1e-4)
+    assert torch.allclose(one.obj_ptr, other.obj_ptr, rtol=0, atol=1e-4)
+    assert abs(one.object_score - other.object_score) < 1e-4
+
+
+def test_the_default_is_rearranged(exact: ModelHandler, rearranged: ModelHandler) -> None:
+    """And `SAM2_BIT_EXACT` leaves SAM 2 alone."""
+    settings = Settings.from_env({})
+
+    assert not settings.bit_exact
+    assert Settings.from_env({"SAM2_BIT_EXACT": "on"}).bit_exact
+    assert isinstance(rearranged._model.memory_attention, RearrangedMemoryAttention)
+    assert not isinstance(exact._model.memory_attention, RearrangedMemoryAttention)
+    assert exact.fingerprint == rearranged.fingerprint  # their states are the same
+
+
+def test_frames_are_encoded_alike(exact: ModelHandler, rearranged: ModelHandler) -> None:
+    """All levels and the position encoding."""
+    one, other = features_of(exact, 0), features_of(rearranged, 0)
+
+    assert torch.equal(one.position_encoding, other.position_encoding)
+    for own, theirs in zip(one.feature_maps, other.feature_maps, strict=True):
+        assert torch.allclose(own, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_from_equal_states_are_alike(exact: ModelHandler, rearranged: ModelHandler) -> None:
+    """With one memory, with some, and with a full memory bank and all object pointers."""
+    states, memories = states_along_the_clip(exact)
+    for index in (1, 3, 9, FRAMES - 1):
+        state = [states[index - 1]]
+        (one,) = exact.step(features_of(exact, index), state, memories)
+        (other,) = rearranged.step(features_of(rearranged, index), state, memories)
+
+        assert one.low_res_logits.std() > 0.1  # something to tell apart
+        assert_close(one, other)
+
+
+def test_what_objects_of_a_frame_share_is_of_that_frame(
+    exact: ModelHandler, rearranged: ModelHandler
+) -> None:
+    """Objects on frames in turn get what each gets by itself."""
+    states, memories = states_along_the_clip(exact)
+    for index, repeated in ((4, 2), (5, 1), (4, 1)):
+        expected = exact.step(features_of(exact, index), [states[3]], memories)
+        found = rearranged.step(features_of(rearranged, index), [states[3]] * repeated, memories)
+
+        for one in found:
+            assert_close(one, expected[0])
+            assert torch.equal(one.low_res_logits, found[0].low_res_logits)
+
+
+def test_objects_in_a_batch_keep_their_own_memories(
+    exact: ModelHandler, rearranged: ModelHandler
+) -> None:
+    """One forward pass for several objects is as good as one each."""
+    states, memories = [], {}
+    for name, mask in (("blob", blob_mask()), ("block", block_mask())):
+        output = exact.start_from_mask(features_of(exact, 0), exact.mask_prompt(mask))
+        memories[name] = output.memory
+        frame = PastFrame(name, 0, output.obj_ptr)
+        states.append(TrackState("", SIZE_HW, ShapeType.MASK, None, (frame,)))
+    expected = exact.step(features_of(exact, 1), states, memories)
+    found = rearranged._step_batch(features_of(rearranged, 1), states, memories)
+
+    assert not torch.allclose(expected[0].low_res_logits, expected[1].low_res_logits, atol=0.1)
+    for one, other in zip(expected, found, strict=True):
+        assert_close(one, other)
+
+
+def test_thirty_frames_on_trained_weights_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding does not grow: IoU of at least 0.9999 with SAM 2's own modules to the end."""
+    (held_out,) = choose_held_out(1)
+    clip = held_out.make()
+    masks = [clip.mask(0, body) for body in held_out.bodies]
+    kinds = [ShapeType.MASK] * len(masks)
+    answers = []
+    for value in ("on", "off"):
+        monkeypatch.setenv("SAM2_BIT_EXACT", value)
+        answers.append(FunctionClient().follow(clip.frames[:31], masks, kinds))
+
+    for exact_row, row in zip(*answers, strict=True):
+        for one, other in zip(exact_row, row, strict=True):
+            assert region_iou(one.mask, other.mask) >= 0.9999
+    assert np.mean([one.mask.any() for row in answers[0] for one in row]) > 0.5
+
+
+def test_a_softmax_in_parts_is_the_softmax() -> None:
+    """Also where scores are so large that their powers alone would overflow."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(5, 8, generator=generator) * 40
+    keys, values = torch.randn(2, 12, 8, generator=generator)
+    values, shifts = values[:, :3], torch.randn(5, 3, generator=generator) * 100
+    running = _RunningSoftmax(5, 3)
+    for part in range(3):
+        few = slice(4 * part, 4 * part + 4)
+        running.add(queries, keys[few], values[few], shifts[:, part : part + 1])
+
+    scores = (queries.double() @ keys.double().T) + shifts.repeat_interleave(4, 1).double()
+    weights = torch.softmax(scores * np.log(2), dim=1)
+    assert scores.abs().max() > 150
+    assert torch.allclose(running.mean().double(), weights @ values.double(), atol=1e-4)
+
+
+def test_other_attention_than_sam2s_stays() -> None:
+    """A config of one's own with two heads works as it stands."""
+    config = OmegaConf.load(Path(sam2.__path__[0]) / CONFIG)
+    config.model.image_size = IMAGE_SIZE
+    config.model.memory_attention.layer.cross_attention.num_heads = 2
+    model = instantiate(config.model, _recursive_=True).eval()
+    before = model.memory_attention
+    rearrange(model)
+
+    assert model.memory_attention is before
