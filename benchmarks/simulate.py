@@ -31,6 +31,8 @@ from matplotlib.figure import Figure
 MEMORY_REACH = 6
 KEPT_MEMORIES = 10
 KEPT_STEPS = 4
+COMMANDS = 15  # for each object and step, and one more for each frame memory read
+START_COMMANDS = 4
 
 INPUTS = Path(__file__).parent / "scaling.json"
 FEW_FRAMES = 8  # of each caller at least: then the frame memories in reach are all of this run
@@ -61,7 +63,7 @@ class Case:
     store_servers: int = _option(1, "Redis servers, a track's keys on one of them")
     store_gbit: float = _option(10.0, "what one of them moves in Gbit/s, both ways together")
     round_trip_s: float = _option(0.0005, "from a replica to the store and back, without bytes")
-    requests: int = _option(20_000, "to simulate; at least 8 of each caller")
+    requests: int = _option(20_000, "to measure over; at least two of each caller")
     seed: int = _option(0, "of the simulation")
 
     @property
@@ -182,7 +184,8 @@ def predict(case: Case) -> Figures:
         warm_share=1 - missing / case.objects / attended_memories(case),
         read_gbit=rate * read * 8e-9,
         written_gbit=rate * written * 8e-9,
-        commands_s=rate * (case.objects * 15 + missing),
+        commands_s=rate
+        * (missing + case.objects * (continued * COMMANDS + (1 - continued) * START_COMMANDS)),
         store_utilisation=rate * transfer_s / case.store_servers,
     )
 
@@ -270,7 +273,7 @@ class Simulation:
         few = FEW_FRAMES * case.callers
         self._until(max(few, min(case.requests, case.frames * case.callers)))
         self._clear()
-        self._until(max(few, case.requests))
+        self._until(max(2 * case.callers, case.requests))
         seconds = self._env.now - self._begin_s
         rate = len(self._answers_s) / seconds
         centiles = quantiles(self._answers_s, n=100)
@@ -332,8 +335,10 @@ class Simulation:
             self._attended += case.objects * min(step, MEMORY_REACH + 1)
             size = case.objects * (case.state_bytes + missing * case.memory_bytes)
             self._read += size
-            self._commands += case.objects * (15 + missing)
+            self._commands += case.objects * (COMMANDS + missing)
             yield from self._move(size)
+        else:
+            self._commands += case.objects * START_COMMANDS
         yield self._env.timeout(self._service_s() + trips * case.round_trip_s)
         size = case.objects * (case.state_bytes + case.memory_bytes)
         self._written += size
@@ -447,7 +452,7 @@ def inputs(path: Path = INPUTS) -> dict[str, dict[str, Any]]:
 def base_case(service: dict[str, Any]) -> Case:
     """Return the case of a service in `scaling.json`; memories grow with the picture's area."""
     store = inputs()["store"]
-    area = (service["image_size"] / 1024) ** 2
+    area = float(service["image_size"] / 1024) ** 2
     return Case(
         base_s=service["base_s"],
         object_s=service["object_s"],
@@ -486,29 +491,35 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def sizes_table(service: dict[str, Any], routings: Sequence[str] = ("random",)) -> str:
-    """Return what some numbers of tracks need, computed and simulated."""
+def sizes_table(service: dict[str, Any], routings: Sequence[str], largest: int) -> str:
+    """Return what some numbers of tracks need, computed and, up to the largest, simulated."""
     head = ["tracks", "routing", "replicas", "Redis servers", "frames/s per track", "in use",
-            "answer p50, p99", "warm", "Redis reads + writes, Gbit/s", "commands/s",
+            "answer p50, p99", "warm", "Redis reads, Gbit/s", "writes, Gbit/s", "commands/s",
             "largest deviation"]  # fmt: skip
     rows = []
     for tracks in TRACKS:
         for routing in routings:
             start = replace(base_case(service), tracks=tracks, routing=routing)
             case = size(start, service["frame_every_s"])
-            computed, simulated = predict(case), simulate(case)
-            rows.append([
-                f"{tracks:,}".replace(",", " "), routing, case.replicas, case.store_servers,
-                f"{computed.frames_s_track:.3g} ({simulated.frames_s_track:.3g})",
-                f"{computed.utilisation:.0%} ({simulated.utilisation:.0%})",
-                f"{simulated.p50_s:.2g} s, {simulated.p99_s:.2g} s",
-                f"{computed.warm_share:.0%} ({simulated.warm_share:.0%})",
-                (f"{computed.read_gbit:.3g} + {computed.written_gbit:.3g} "
-                f"({simulated.read_gbit:.3g} + {simulated.written_gbit:.3g})"),
-                f"{computed.commands_s:,.0f}".replace(",", " "),
-                f"{deviation(computed, simulated):.1%}",
-            ])  # fmt: skip
+            one = predict(case)
+            two = simulate(case) if tracks <= largest else None
+            cells = [
+                _both(one.frames_s_track, two and two.frames_s_track, ".3g"),
+                _both(one.utilisation, two and two.utilisation, ".0%"),
+                f"{two.p50_s:.2g} s, {two.p99_s:.2g} s" if two else f"mean {one.answer_s:.2g} s",
+                _both(one.warm_share, two and two.warm_share, ".0%"),
+                _both(one.read_gbit, two and two.read_gbit, ".2g"),
+                _both(one.written_gbit, two and two.written_gbit, ".2g"),
+                f"{one.commands_s:.3g}",
+                f"{deviation(one, two):.1%}" if two else "not simulated",
+            ]
+            rows.append([f"{tracks:,}".replace(",", " "), routing, case.replicas,
+                         case.store_servers, *cells])  # fmt: skip
     return table(head, rows)
+
+
+def _both(computed: float, simulated: float | None, form: str) -> str:
+    return f"{computed:{form}}" + ("" if simulated is None else f" ({simulated:{form}})")
 
 
 def routing_cases() -> Iterator[Case]:
@@ -521,7 +532,7 @@ def routing_table() -> str:
     """Return what random routing costs in reads, by the number of replicas."""
     rows = []
     for case in routing_cases():
-        computed, simulated = missing_memories(case), predict(case), simulate(case)
+        computed, simulated = missing_memories(case), simulate(case)
         attended = attended_memories(case)
         missing = (1 - simulated.warm_share) * attended
         rows.append([
@@ -573,18 +584,19 @@ def keeping_table() -> str:
     return table(["SAM2_STATE_TTL", *head, "deviation (10 tracks)"], rows)
 
 
-def print_tables() -> None:
-    """Print everything that docs/scaling.md has from here. Takes some minutes."""
+def print_tables(largest: int) -> None:
+    """Print everything that docs/scaling.md has from here, computed (simulated)."""
+    print("### Random routing\n\n" + routing_table())
+    print("### As fast as the function answers\n\n" + speed_table())
+    print("### Life of tracks\n\n" + keeping_table())
     for service in inputs()["services"].values():
         assumed = service["source"].startswith("ASSUMED")
         print(
             f"### {service['name']}: {service['base_s']:g} s + {service['object_s']:g} s an object"
             f" ({service['source']}), a frame every {service['frame_every_s']} s\n"
         )
-        print(sizes_table(service, ("random", "sticky") if assumed else ("random",)))
-    print("### Random routing\n\n" + routing_table())
-    print("### As fast as the function answers\n\n" + speed_table())
-    print("### Life of tracks\n\n" + keeping_table())
+        routings = ("random", "sticky") if assumed else ("random",)
+        print(sizes_table(service, routings, largest))
 
 
 def plot(folder: Path) -> None:
@@ -641,6 +653,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--table", action="store_true", help="all tables, in some minutes")
+    parser.add_argument(
+        "--largest", type=int, default=max(TRACKS), help="tracks to simulate for a table"
+    )
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw scaling.png into it")
     parser.add_argument("--case", type=Path, help="JSON with any of the options below")
     for one in fields(Case):
@@ -650,7 +665,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(name, type=type(one.default), choices=choices, help=text)
     options = vars(parser.parse_args(arguments))
     if options["table"]:
-        print_tables()
+        print_tables(options["largest"])
     if options["plot"]:
         plot(options["plot"])
     if not options["table"] and not options["plot"]:
