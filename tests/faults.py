@@ -305,8 +305,6 @@ class Stage:
             | (environment or {})
         )
         self.replicas = [self.start_replica(), self.start_replica()]
-        for replica in self.replicas:
-            replica.wait()
 
     def start_redis(self, *, keeps: bool) -> None:
         """Start Redis, which keeps every write on disk, or nothing."""
@@ -332,10 +330,12 @@ class Stage:
 
 
 @contextmanager
-def stage_in(folder: Path) -> Iterator[Stage]:
+def stage_in(folder: Path, environment: dict[str, str] | None = None) -> Iterator[Stage]:
     """Set a stage, and clear it."""
-    stage = Stage(folder)
+    stage = Stage(folder, environment)
     try:
+        for replica in stage.replicas:
+            replica.wait()
         yield stage
     finally:
         stage.close()
@@ -562,6 +562,71 @@ def try_fault(fault: Fault, stage: Stage, undisturbed: list[list[Any]], *, at: i
     assert again.follow(stage.replicas) is None
     assert again.answers == undisturbed
     return Outcome(fault, reply, "start again")
+
+
+POLICIES = ["allkeys-lru", "allkeys-random"]
+EVICTING = 300_000  # bytes: room for about one clip
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """What came of following clips on a Redis that is too small for them.
+
+    Attributes:
+        keys: How many keys it evicted.
+        answered: How many requests were answered meanwhile.
+        refused: How many were told to start the track again.
+    """
+
+    keys: int
+    answered: int
+    refused: int
+
+
+def evict(stage: Stage, undisturbed: list[list[Any]], policy: str) -> Eviction:
+    """Follow three clips by turns while Redis evicts keys of its own choice, and then to the end.
+
+    Raises:
+        AssertionError: Somebody got other masks, or another refusal than to start again.
+    """
+
+    def begin() -> Caller:
+        caller = Caller(frames=len(undisturbed) + 1)
+        caller.start(stage.replicas[0])
+        return caller
+
+    answered = refused = 0
+    with stage.redis.client() as client:
+        for key in client.scan_iter("sam2:*"):
+            client.delete(key)
+        before = int(client.info("stats")["evicted_keys"])
+        room = int(client.info("memory")["used_memory"]) + EVICTING
+        client.config_set("maxmemory-policy", policy)
+        client.config_set("maxmemory", str(room))
+        callers = [begin() for _ in range(3)]
+        for turn in range(len(undisturbed)):
+            for place, caller in enumerate(callers):
+                reply = caller.ask(stage.replicas[(turn + place) % 2])
+                assert caller.answers == undisturbed[: len(caller.answers)], policy
+                if reply.status == 200:
+                    answered += 1
+                    continue
+                assert reply.status == 410, reply
+                assert re.search(r"^states\[\d\] .*: start the track again$", reply.message), reply
+                refused += 1
+                callers[place] = begin()
+        evicted = int(client.info("stats")["evicted_keys"]) - before
+        client.config_set("maxmemory", "0")
+        client.config_set("maxmemory-policy", "noeviction")
+    for caller in callers:
+        refusal = caller.follow(stage.replicas)
+        assert refusal is None or refusal.status == 410, refusal
+        assert caller.answers == undisturbed[: len(caller.answers)], policy
+        assert caller.done or refusal is not None
+    again = begin()
+    assert again.follow(stage.replicas) is None
+    assert again.answers == undisturbed
+    return Eviction(evicted, answered, refused)
 
 
 @dataclass(frozen=True)

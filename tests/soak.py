@@ -30,12 +30,14 @@ from tests.clips import base64_text, jpeg_frames
 from tests.conftest import Function
 from tests.faults import (
     FAULTS,
+    POLICIES,
     WAYS,
     Caller,
     Fault,
     Outcome,
     Stage,
     connection_cut,
+    evict,
     kill_at_random,
     prompts,
     resident_bytes,
@@ -85,13 +87,14 @@ def disturb(stage: Stage, kills: int, cuts: int, seed: int) -> None:
         way, share = rng.choice(list(WAYS)), rng.random()
         fault = Fault(f"cut {number}", partial(connection_cut, way=way, share=share), 200)
         cut.append(try_fault(fault, stage, undisturbed[:11]))
+    evicted = {policy: evict(stage, undisturbed[:11], policy) for policy in POLICIES}
     caller = Caller(frames=40)
     caller.start(stage.replicas[0])
     killed = kill_at_random(stage, caller, kills, seed=seed)
     assert caller.answers == undisturbed
     assert "Traceback" not in stage.log.read_text()
     lost = sum(one.end == "start again" and not one.fault.gone for one in outcomes)
-    tried = len(outcomes) + len(cut) + len(killed)
+    tried = len(outcomes) + len(cut) + len(evicted) + len(killed)
     print(f"### Faults: {tried} tried, {tried - lost} survived, {lost} lost\n")
     print("| what happens | the caller gets | after | then |\n| --- | --- | --- | --- |")
     for one in outcomes:
@@ -100,6 +103,10 @@ def disturb(stage: Stage, kills: int, cuts: int, seed: int) -> None:
         longest = max(one.reply.seconds for one in cut)
         name = f"{len(cut)} connections cut at random bytes of what requests send or read"
         print(row(name, "200", f"{longest:.1f} s at most", "same masks"))
+    for policy, seen in evicted.items():
+        name = f"Redis is too small for three clips and evicts {seen.keys} keys ({policy})"
+        what = f"{seen.answered} times 200, {seen.refused} times 410"
+        print(row(name, what, "", "same masks, or start again"))
     for hit, count in sorted(Counter(kill.hit for kill in killed).items()):
         what = "200" if hit == "after the answer" else "no answer"
         print(row(f"{count} replicas killed at random moments, {hit}", what, "", "same masks"))
@@ -172,19 +179,19 @@ def load(folder: Path, clients: int, objects: int, seconds: float) -> None:
     """Let callers follow clips of their own on both replicas, all at once and over and over."""
     # The lives are short and the cache is small so that both are full soon, and have to stay so.
     lives = {"SAM2_STATE_TTL": "60", "SAM2_RETRY_WINDOW": "30", "SAM2_MEMORY_CACHE_MB": "32"}
-    stage = Stage(folder, MICRO | lives | {"CVAT_FUNCTIONS_REDIS_TIMEOUT": "5"})
-    stage.redis.stop()
-    stage.start_redis(keeps=False)  # as a cache is run; the disk is not what is measured
-    seen, end = Load(), time.monotonic() + seconds
-    with ThreadPoolExecutor(clients + 1) as pool:
-        over = threading.Event()
-        watch = pool.submit(watch_memory, stage, seen, over)
-        callers = [pool.submit(call, stage, seen, one, objects, end) for one in range(clients)]
-        for caller in callers:
-            caller.result()
-        over.set()
-        watch.result()
-    stage.close()
+    seen = Load()
+    with stage_in(folder, MICRO | lives | {"CVAT_FUNCTIONS_REDIS_TIMEOUT": "5"}) as stage:
+        stage.redis.stop()
+        stage.start_redis(keeps=False)  # as a cache is run; the disk is not what is measured
+        end = time.monotonic() + seconds
+        with ThreadPoolExecutor(clients + 1) as pool:
+            over = threading.Event()
+            watch = pool.submit(watch_memory, stage, seen, over)
+            callers = [pool.submit(call, stage, seen, one, objects, end) for one in range(clients)]
+            for caller in callers:
+                caller.result()
+            over.set()
+            watch.result()
     cuts = quantiles(seen.seconds, n=100)
     print(f"### Load: {len(seen.seconds)} requests, {len(seen.errors)} errors\n")
     print("| callers | objects each | minutes | requests/s | objects/s | p50 | p99 |")

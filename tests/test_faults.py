@@ -9,10 +9,12 @@ import pytest
 from tests.faults import (
     FAULTS,
     FRAMES,
+    POLICIES,
     Caller,
     Fault,
     Reply,
     Stage,
+    evict,
     kill_at_random,
     prompts,
     stage_in,
@@ -42,6 +44,18 @@ def undisturbed(stage: Stage) -> list[list[Any]]:
 def test_track_survives(fault: Fault, stage: Stage, undisturbed: list[list[Any]]) -> None:
     """The caller is told what to do, does it, and gets the masks of an undisturbed run."""
     try_fault(fault, stage, undisturbed)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_tracks_that_redis_evicts_are_followed_exactly_or_not_at_all(
+    policy: str, stage: Stage, undisturbed: list[list[Any]]
+) -> None:
+    """A server too small for all clips takes keys of its own choice; no mask is ever another."""
+    seen = evict(stage, undisturbed[:6], policy)
+
+    assert seen.keys > 20
+    assert seen.answered > 0
+    assert seen.refused > 0
 
 
 def test_replicas_killed_at_random_moments_lose_nothing(
