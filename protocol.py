@@ -25,6 +25,8 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 # A decoder passes over the whole frame for each scan of a progressive JPEG, and a scan may have few
 # bytes. Encoders write about ten; the pictures behind the first one of a camera's file count too.
 MAX_JPEG_SCANS = 200
+# Without any of these a PNG has no orientation: a chunk's name, and what two others begin with.
+PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 # Our own limit below is lower and counts before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -127,7 +129,10 @@ def read_image_size(data: bytes, limits: Limits) -> SizeHW:
         TooLargeError: It announces more pixels than allowed.
     """
     with _opened(data, limits) as image:
-        quarter_turned = image.getexif().get(ExifTags.Base.Orientation) in {5, 6, 7, 8}
+        # Pillow decodes a PNG to look for an orientation behind its pixels.
+        has_none = image.format == "PNG" and not any(name in data for name in PNG_ORIENTATION)
+        orientation = None if has_none else image.getexif().get(ExifTags.Base.Orientation)
+        quarter_turned = orientation in {5, 6, 7, 8}
         if quarter_turned and image.format != "TIFF":  # whose size Pillow tells as turned
             return image.size
         return image.height, image.width
@@ -149,10 +154,12 @@ def decode_image(data: bytes, limits: Limits) -> Image.Image:
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Return a frame as the annotator sees it: RGB, turned as its EXIF orientation says."""
-    image = ImageOps.exif_transpose(image)
+    image.load()  # before which some formats do not tell their orientation
+    if ExifTags.Base.Orientation in image.getexif():
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip instead of scale
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def parse_shape(value: object, limits: Limits) -> Shape:

@@ -321,10 +321,16 @@ def _mask_to_ellipse(mask: Mask, box: tuple[int, int, int, int]) -> list[float]:
 
 def _largest_component(mask: Mask) -> tuple[Mask, npt.NDArray[np.float64]]:
     """Return the largest component, cut to its box, and the box's top left corner in xy."""
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+    box = mask_to_box(mask)
+    assert box is not None
+    # OpenCV numbers components by blocks of 2 x 2 pixels: an even corner keeps their order.
+    left, top = box[0] & ~1, box[1] & ~1
+    cut = np.ascontiguousarray(mask[top : box[3], left : box[2]])
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(cut.view(np.uint8), connectivity=8)
     largest = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
     x, y, width, height = stats[largest, : cv2.CC_STAT_AREA].tolist()
-    return labels[y : y + height, x : x + width] == largest, np.array([x, y], dtype=np.float64)
+    component = labels[y : y + height, x : x + width] == largest
+    return component, np.array([left + x, top + y], dtype=np.float64)
 
 
 def _iou(mask: Mask, other: Mask) -> float:
