@@ -244,13 +244,13 @@ def open_contenders(
         stack: Closes them.
         compiled: Let SAM 2's predictor compile itself, as its makers recommend for speed.
     """
-    model = load_reference_model(environment)
+    shared = functools.cache(lambda: load_reference_model(environment))
     makers: dict[str, Callable[[], Contender]] = {
         "ours": lambda: Function(environment, server, folder),
         "predictor": lambda: Predictor(
-            compile_predictor(load_reference_model(environment)) if compiled else model
+            compile_predictor(load_reference_model(environment)) if compiled else shared()
         ),
-        "loop": lambda: Loop(model, server),
+        "loop": lambda: Loop(shared(), server),
     }
     return {name: stack.enter_context(closing(makers[name]())) for name in names}
 

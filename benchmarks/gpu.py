@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--objects", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--frames", type=int, default=20, help="frames to measure")
     parser.add_argument("--clips", type=int, default=10, help="held-out clips to compare masks on")
+    parser.add_argument("--clip-frames", type=int, default=31, help="frames of each")
     parser.add_argument("--size", type=int, nargs=2, default=(1080, 1920), metavar=("H", "W"))
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument(
@@ -75,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.quick:
         options.models, options.no_compile = ["micro"], True
-        options.objects, options.frames, options.clips, options.size = [1, 2], 2, 1, (180, 320)
+        options.objects, options.frames, options.size = [1, 2], 2, (180, 320)
+        options.clips, options.clip_frames = 1, 4
     found: Row = {
         "benchmark": "gpu",
         "machine": machine(options.device),
@@ -102,14 +105,15 @@ def compare_masks(options: argparse.Namespace) -> Row:
     """Return the IoU of the device's masks with the CPU's, over objects and frames."""
     ious = []
     with ExitStack() as stack:
+        micro = Settings(model_id="micro", image_size=options.image_size)
         engines = [
-            stack.enter_context(closing(LocalEngine(Settings(model_id="micro", device=device))))
+            stack.enter_context(closing(LocalEngine(replace(micro, device=device))))
             for device in (options.device, "cpu")
         ]
         clips = choose_held_out(options.clips)
         for held_out in tqdm(clips, total=options.clips, unit="clip", leave=False):
             clip = held_out.make()
-            frames = [Image.fromarray(frame) for frame in clip.frames]
+            frames = [Image.fromarray(frame) for frame in clip.frames[: options.clip_frames]]
             prompts = [clip.mask(0, body) for body in held_out.bodies]
             on_device, on_cpu = (follow(engine, frames, prompts) for engine in engines)
             ious += [region_iou(*pair) for pair in zip(on_device, on_cpu, strict=True)]

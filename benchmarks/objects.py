@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.clip import Clip, make_clip
 from benchmarks.contenders import open_contenders
 from benchmarks.harness import (
@@ -26,11 +28,13 @@ from benchmarks.harness import (
     set_up,
 )
 from benchmarks.turns import Contender, compare, median, take_turns
+from shapes import decode_cvat_rle
+from training.metrics import region_iou
 
 COLUMNS = [
     "objects", "ours_ms", "predictor_ms", "loop_ms", "ours_over_predictor", "ours_over_loop",
     "not_network_ms", "not_network_share", "written_bytes", "read_bytes", "loop_written_bytes",
-    "loop_read_bytes",
+    "loop_read_bytes", "iou_predictor", "iou_loop",
 ]  # fmt: skip
 
 
@@ -59,7 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(
     contenders: Mapping[str, Contender], clip: Clip, objects: int, frames: int, warm_up: int = 1
 ) -> Row:
-    """Return the row of one number of objects; bytes are per object and step."""
+    """Return the row of one number of objects.
+
+    Bytes are per object and step; how many objects were found, and the mean IoU of our masks with
+    the others', tell of the last frame.
+    """
     for contender in contenders.values():
         contender.start(clip, objects)
     steps = take_turns(contenders, frames=frames, warm_up=warm_up, name=f"{objects} objects")
@@ -67,7 +75,16 @@ def measure(
     for who, prefix in (("ours", ""), ("loop", "loop_")):
         row[f"{prefix}written_bytes"] = round(median(s.written / objects for s in steps[who]))
         row[f"{prefix}read_bytes"] = round(median(s.read / objects for s in steps[who]))
-    row["found"] = sum(shape is not None for step in steps["ours"] for shape in step.answer)
+    masks = [
+        np.zeros(clip.size_hw, np.bool_)
+        if shape is None
+        else decode_cvat_rle(shape["points"], clip.size_hw)
+        for shape in steps["ours"][-1].answer
+    ]
+    row["found"] = sum(bool(mask.any()) for mask in masks)
+    for who in ("predictor", "loop"):
+        pairs = zip(masks, steps[who][-1].answer, strict=True)
+        row[f"iou_{who}"] = round(float(np.mean([region_iou(*pair) for pair in pairs])), 6)
     return row
 
 
