@@ -7,6 +7,7 @@ keeps in one growing session, this module takes in and gives back as small immut
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from PIL import Image
 from sam2.sam2_video_predictor import SAM2VideoPredictor
 from torch.nn import functional
 
-from shapes import Box, Mask, SizeHW
+from shapes import Box, Mask, SizeHW, mask_to_box
 from track_state import MEMORY_REACH, TrackState
 
 # sam2/utils/misc.py, load_video_frames
@@ -96,8 +97,7 @@ class ModelHandler:
         self._features: cachetools.LRUCache[str, FrameFeatures] = cachetools.LRUCache(
             feature_cache_frames
         )
-        self._mean = torch.tensor(IMAGE_MEAN)[:, None, None].to(self.device)
-        self._std = torch.tensor(IMAGE_STD)[:, None, None].to(self.device)
+        self._shades = _normalised_shades()
         with inference(self.device):
             blank = torch.zeros(1, *self.memory_shape, dtype=self.dtype, device=self.device)
             position = model.memory_encoder.position_encoding(blank)
@@ -184,20 +184,32 @@ class ModelHandler:
 
         Source: `SAM2VideoPredictor._get_orig_video_res_output`.
         """
+        low_res = output.low_res_logits
+        mask: Mask = np.zeros(frame.size_hw, dtype=np.bool_)
+        box = mask_to_box((low_res[0, 0] > 0).cpu().numpy())
+        if box is None:
+            return mask
+        # Nothing right of or below the positive logits' reach is scaled up. What is keeps its bits
+        # above this least size; below, PyTorch takes other ways to scale.
+        sides = tuple(low_res.shape[-2:])
+        least = max(*sides, 128) + 1
+        factors = [out / side for out, side in zip(frame.size_hw, sides, strict=True)]
+        height, width = (
+            min(out, max(math.ceil((end + 0.5) * factor), least))
+            for out, end, factor in zip(frame.size_hw, (box[3], box[2]), factors, strict=True)
+        )
         with inference(self.device):
-            logits = functional.interpolate(
-                output.low_res_logits, frame.size_hw, mode="bilinear", align_corners=False
-            )
-            mask: Mask = (logits[0, 0] > 0).cpu().numpy()
+            # As `functional.interpolate` with align_corners=False, which takes no size and factor.
+            logits = torch.ops.aten.upsample_bilinear2d(low_res, (height, width), False, *factors)  # noqa: FBT003
+            mask[:height, :width] = (logits[0, 0] > 0).cpu().numpy()
         return mask
 
     def _encode(self, image: Image.Image) -> FrameFeatures:
         """Source: `sam2/utils/misc.py`, `_load_img_as_tensor` and `load_video_frames`."""
-        resized = np.asarray(image.resize((self.image_size, self.image_size))) / 255.0
+        resized = np.asarray(image.resize((self.image_size, self.image_size)))
+        normalised = torch.from_numpy(cv2.LUT(resized, self._shades))
         with inference(self.device):
-            pixels = torch.from_numpy(resized).permute(2, 0, 1).float().to(self.device)
-            pixels -= self._mean
-            pixels /= self._std
+            pixels = normalised.permute(2, 0, 1).to(self.device)
             encoded = self._model.forward_image(pixels[None])
         levels = self._model.num_feature_levels
         return FrameFeatures(
@@ -296,6 +308,16 @@ class ModelHandler:
             "current_vision_pos_embeds": [flat(frame.position_encoding)],
             "feat_sizes": [(maps.shape[-2], maps.shape[-1]) for maps in frame.feature_maps],
         }
+
+
+def _normalised_shades() -> npt.NDArray[np.float32]:
+    """Return what SAM 2 makes of each shade 0...255 of each colour, `(1, 256, 3)`, to the bit.
+
+    Source: `sam2/utils/misc.py`, `_load_img_as_tensor` and `load_video_frames`.
+    """
+    shades = torch.from_numpy(np.arange(256) / 255.0).float()[:, None]
+    normalised = (shades - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)
+    return np.asarray(normalised.numpy()[None])
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,15 @@ import torch
 from PIL import Image
 
 from errors import SettingsError
-from model_handler import FrameFeatures, ModelHandler, ObjectOutput, fill_holes
-from model_loader import load_model, pick_device
+from model_handler import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    FrameFeatures,
+    ModelHandler,
+    ObjectOutput,
+    fill_holes,
+)
+from model_loader import compile_network, load_model, pick_device
 from settings import Settings
 from shapes import ShapeType
 from tests.clips import SIZE_HW, blob_mask, block_mask, jpeg_frames
@@ -35,6 +44,7 @@ def load(checkpoint: Path) -> Callable[[int], ModelHandler]:
                 image_size=IMAGE_SIZE,
                 device="cpu",
                 batch_objects=batch_objects,
+                bit_exact=True,
             )
         )
 
@@ -99,6 +109,24 @@ def test_a_batch_computes_what_one_at_a_time_computes(
         assert torch.allclose(one.low_res_logits, other.low_res_logits, rtol=0, atol=1e-4)
         assert torch.allclose(one.obj_ptr, other.obj_ptr, rtol=0, atol=1e-4)
         assert one.memory.shape == other.memory.shape == single.memory_shape
+
+
+def test_a_compiled_network_computes_the_same(load: Callable[[int], ModelHandler]) -> None:
+    """Traced parts see one and several memories and objects; only rounding may change."""
+    plain, compiled = load(2), load(2)
+    compile_network(compiled._model, backend="eager")  # traces, and builds no kernels
+    track = Track(plain)
+    states = [
+        track.begin(name, plain.start_from_mask(features_of(plain, 0), plain.mask_prompt(mask)))
+        for name, mask in (("a", blob_mask()), ("b", block_mask()))
+    ]
+    for index in (1, 2):
+        expected = plain.step(features_of(plain, index), states, track.memories)
+        found = compiled.step(features_of(compiled, index), states, track.memories)
+        _, states = track.step(features_of(plain, index), states)
+
+        for one, other in zip(expected, found, strict=True):
+            assert torch.allclose(one.low_res_logits, other.low_res_logits, rtol=0, atol=1e-4)
 
 
 def test_answers_come_in_the_order_of_the_states(load: Callable[[int], ModelHandler]) -> None:
@@ -187,6 +215,49 @@ def test_full_size_masks_have_the_size_of_the_frame(load: Callable[[int], ModelH
     assert mask.shape == SIZE_HW
     assert mask.dtype == np.bool_
     assert np.count_nonzero(mask & blob_mask()) / np.count_nonzero(mask | blob_mask()) > 0.9
+
+
+@pytest.mark.parametrize("size_hw", [(720, 1280), (300, 128), (129, 33), (60, 70), (31, 1)])
+def test_only_what_can_be_foreground_is_scaled_up_and_equals_the_whole(
+    load: Callable[[int], ModelHandler], size_hw: tuple[int, int]
+) -> None:
+    """Every pixel is that of SAM 2's scaling, wherever the positive logits lie."""
+    model = load(1)
+    rng = np.random.default_rng(0)
+    side = IMAGE_SIZE // 4
+    frame = replace(features_of(model, 0), size_hw=size_hw)
+    for _ in range(20):
+        logits = -np.abs(rng.normal(size=(1, 1, side, side)))
+        (top, bottom), (left, right) = np.sort(rng.integers(0, side, (2, 2)))
+        area = (..., slice(top, bottom), slice(left, right))
+        logits[area] = rng.normal(0, 5, logits[area].shape)
+        low_res_logits = torch.from_numpy(logits.astype(np.float32))
+        output = ObjectOutput(low_res_logits, 1.0, torch.zeros(1), torch.zeros(1))
+        whole = torch.nn.functional.interpolate(low_res_logits, size_hw, mode="bilinear")
+
+        assert np.array_equal(model.full_size_mask(frame, output), (whole[0, 0] > 0).numpy())
+
+
+def test_pixels_enter_the_network_as_in_sam2(load: Callable[[int], ModelHandler]) -> None:
+    """Every shade of every colour, to the bit and in the same order in memory."""
+    model = load(1)
+    noise = np.random.default_rng(0).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    encode = model._model.forward_image
+    seen = []
+
+    def listen(pixels: torch.Tensor) -> Any:
+        seen.append(pixels)
+        return encode(pixels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model._model, "forward_image", listen)
+        model._encode(Image.fromarray(noise))
+    expected = torch.from_numpy(noise / 255.0).permute(2, 0, 1).float()
+    expected -= torch.tensor(IMAGE_MEAN)[:, None, None]
+    expected /= torch.tensor(IMAGE_STD)[:, None, None]
+
+    assert torch.equal(seen[0][0], expected)
+    assert seen[0][0].stride() == expected.stride()
 
 
 def test_cuda_on_a_machine_without_is_refused_with_what_to_do() -> None:
