@@ -247,7 +247,8 @@ def draw(
             for place in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
                 place(LogFormatter(minor_thresholds=(2, 0.5)))
         else:
-            axes.set_ylim(bottom=0)
+            drawn = [b for values in panel.curves.values() for b in values if b is not None]
+            axes.set_ylim(0, 1.1 * max([*drawn, panel.level or 0]))
         axes.set_xticks(list(marks), list(marks.values()))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)

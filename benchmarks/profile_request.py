@@ -78,7 +78,7 @@ def heading(row: Row) -> str:
     """Return what was profiled and the stages of a request, in milliseconds."""
     kind = "" if row["bit_exact"] is None else f", SAM2_BIT_EXACT={row['bit_exact']}"
     stages = ", ".join(f"{name} {ms:.1f}" for name, ms in row["stages_ms"].items())
-    return f"{row['objects']} object(s){kind}: {row['ours_ms']:.1f} ms without profiler ({stages})"
+    return f"objects: {row['objects']}{kind}; {row['ours_ms']:.1f} ms without profiler ({stages})"
 
 
 class Worker:

@@ -141,7 +141,7 @@ def plot(found: Row, path: Path) -> None:
 
     def curves(value: str) -> dict[str, list[float | None]]:
         at = {(row["replicas"], row["clients"]): row[value] for row in rows}
-        return {f"{n} clients": [at[count, n] for count in counts] for n in clients}
+        return {f"clients: {n}": [at[count, n] for count in counts] for n in clients}
 
     draw(
         path,

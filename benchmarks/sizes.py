@@ -72,9 +72,8 @@ def plot(found: Row, path: Path) -> None:
     rows = found["rows"]
     draw(
         path,
-        title=f"Time per frame by frame size, {found['model']['name']}, "
-        f"{found['options']['objects']} object(s)",
-        x_label="frame size",
+        title=f"Time per frame by frame size, {found['model']['name']}",
+        x_label=f"frame size; objects on the frame: {found['options']['objects']}",
         x=[row["pixels"] for row in rows],
         ticks={row["pixels"]: row["size"] for row in rows},
         log_x=True,
