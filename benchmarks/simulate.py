@@ -481,8 +481,7 @@ def size(case: Case, frame_every_s: float) -> Case:
 def deviation(computed: Figures, simulated: Figures) -> float:
     """Return the largest relative difference in throughput, use and bandwidth."""
     names = ("frames_s", "utilisation", "read_gbit", "written_gbit", "commands_s")
-    pairs = ((getattr(computed, name), getattr(simulated, name)) for name in names)
-    return max(abs(a / b - 1) for a, b in pairs)
+    return max(abs(float(getattr(computed, name) / getattr(simulated, name)) - 1) for name in names)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -504,22 +503,29 @@ def sizes_table(service: dict[str, Any], routings: Sequence[str], largest: int) 
             one = predict(case)
             two = simulate(case) if tracks <= largest else None
             cells = [
-                _both(one.frames_s_track, two and two.frames_s_track, ".3g"),
-                _both(one.utilisation, two and two.utilisation, ".0%"),
+                _both(one, two, "frames_s_track"),
+                _both(one, two, "utilisation", share=True),
                 f"{two.p50_s:.2g} s, {two.p99_s:.2g} s" if two else f"mean {one.answer_s:.2g} s",
-                _both(one.warm_share, two and two.warm_share, ".0%"),
-                _both(one.read_gbit, two and two.read_gbit, ".2g"),
-                _both(one.written_gbit, two and two.written_gbit, ".2g"),
-                f"{one.commands_s:.3g}",
+                _both(one, two, "warm_share", share=True),
+                _both(one, two, "read_gbit"),
+                _both(one, two, "written_gbit"),
+                _short(one.commands_s),
                 f"{deviation(one, two):.1%}" if two else "not simulated",
             ]
-            rows.append([f"{tracks:,}".replace(",", " "), routing, case.replicas,
+            rows.append([_short(tracks), routing, case.replicas,
                          case.store_servers, *cells])  # fmt: skip
     return table(head, rows)
 
 
-def _both(computed: float, simulated: float | None, form: str) -> str:
-    return f"{computed:{form}}" + ("" if simulated is None else f" ({simulated:{form}})")
+def _both(computed: Figures, simulated: Figures | None, name: str, *, share: bool = False) -> str:
+    found = [getattr(one, name) for one in (computed, simulated) if one is not None]
+    texts = [f"{value:.0%}" if share else _short(value) for value in found]
+    return texts[0] + "".join(f" ({text})" for text in texts[1:])
+
+
+def _short(value: float) -> str:
+    """Return a number with two digits, or all before the point."""
+    return f"{value:,.0f}".replace(",", " ") if value >= 10 else f"{value:.2g}"
 
 
 def routing_cases() -> Iterator[Case]:
@@ -576,7 +582,7 @@ def keeping_table() -> str:
         for tracks in TRACKS:
             keeping = Keeping(tracks, ttl_s=ttl_s, frame_bytes=store["memory_frame"],
                               step_bytes=store["memory_step"])  # fmt: skip
-            cells.append(f"{predict_kept(keeping) / 1e9:,.3g} GB".replace(",", " "))
+            cells.append(f"{_short(predict_kept(keeping) / 1e9)} GB")
         small = replace(keeping, tracks=TRACKS[0])
         cells.append(f"{predict_kept(small) / simulate_kept(small, hours=8) - 1:+.1%}")
         rows.append(cells)
