@@ -4,6 +4,7 @@ import ast
 import base64
 import io
 import json
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,27 @@ def test_picture_of_countless_scans_is_refused_before_it_is_decoded(micro: Funct
     assert status == 413
     assert answer["error"].startswith("image has 5")
     assert "scans: at most" in answer["error"]
+
+
+COUNTLESS = {
+    "segments": ("JPEG", 2, b"\xff\xe4\x00\x02"),
+    "filler bytes": ("JPEG", 2, b"\xff"),
+    "chunks": ("PNG", 33, b"\0\0\0\0abCd" + zlib.crc32(b"abCd").to_bytes(4, "big")),
+}
+
+
+@pytest.mark.parametrize("part", COUNTLESS)
+def test_picture_of_countless_parts_is_refused(micro: Function, part: str) -> None:
+    """Each costs Pillow time, and some cost thirty times their size in memory."""
+    image_format, place, data = COUNTLESS[part]
+    whole = base64.b64decode(picture(image_format))
+    for count, expected in ((1000, 200), (300_000, 413)):
+        endless = whole[:place] + data * count + whole[place:]
+        image = base64.b64encode(endless).decode()
+        status, answer = micro.call({"image": image, "shapes": [list(BOX)], "states": []})
+
+        assert status == expected
+    assert answer["error"] == "image has too many parts: it takes over 200000 reads"
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "GIF", "TIFF", "WEBP", "BMP", "JPEG"])
