@@ -9,7 +9,6 @@ time divided by that of x: below 1 we are faster.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -175,11 +174,6 @@ def write_json(found: Row, path: Path) -> None:
     """Write a result."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def has_setting(name: str) -> bool:
-    """Return whether the function has a setting of this name: some came later than others."""
-    return name in {field.name for field in dataclasses.fields(Settings)}
 
 
 def describe(found: Row) -> str:

@@ -3,8 +3,7 @@
     python -m benchmarks.profile_request --config sam2.1_hiera_t --random --device cpu --out FILE
 
 One 1080p frame with 1 and with 8 objects, full memory banks, the function's handler in this process
-and a Redis server beside it. Where the function has the setting `SAM2_BIT_EXACT`, both its values
-are profiled: on is SAM 2's own modules, and so how it was before, off is how it is.
+and a Redis server beside it; with `SAM2_BIT_EXACT` on, which is SAM 2's own modules, and off.
 """
 
 from __future__ import annotations
@@ -23,16 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.clip import FIRST_NEW_FRAME, Clip, make_clip
 from benchmarks.contenders import fill_banks, last_report, open_store
-from benchmarks.harness import (
-    Bench,
-    Row,
-    add_common_options,
-    describe,
-    has_setting,
-    report,
-    result,
-    set_up,
-)
+from benchmarks.harness import Bench, Row, add_common_options, describe, report, result, set_up
 from benchmarks.turns import median
 from shapes import encode_cvat_rle
 from tests.clips import base64_text
@@ -57,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         clip = make_clip(
             bench.folder / "clip", options.frames + 2, max(options.objects), tuple(options.size)
         )
-        for bit_exact in ("on", "off") if has_setting("bit_exact") else (None,):
-            worker = Worker(bench, {} if bit_exact is None else {"SAM2_BIT_EXACT": bit_exact})
+        for bit_exact in ("on", "off"):
+            worker = Worker(bench, {"SAM2_BIT_EXACT": bit_exact})
             with closing(worker):
                 for objects in options.objects:
                     worker.start(clip, objects)
@@ -76,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def heading(row: Row) -> str:
     """Return what was profiled and the stages of a request, in milliseconds."""
-    kind = "" if row["bit_exact"] is None else f", SAM2_BIT_EXACT={row['bit_exact']}"
     stages = ", ".join(f"{name} {ms:.1f}" for name, ms in row["stages_ms"].items())
-    return f"objects: {row['objects']}{kind}; {row['ours_ms']:.1f} ms without profiler ({stages})"
+    setting, count = f"SAM2_BIT_EXACT={row['bit_exact']}", row["objects"]
+    return f"{setting}, objects: {count}; without profiler {row['ours_ms']:.1f} ms ({stages})"
 
 
 class Worker:
