@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import sam2
@@ -46,7 +47,9 @@ def load_model(settings: Settings) -> ModelHandler:
             device is not there; the message says what to do.
     """
     model, fingerprint = load_predictor(settings)
-    if model.device.type == "cpu" and not settings.bit_exact:
+    if settings.compile:
+        compile_network(model)
+    elif model.device.type == "cpu" and not settings.bit_exact:
         rearrange(model)
     batch_objects = settings.batch_objects or (
         CUDA_BATCH_OBJECTS if model.device.type == "cuda" else CPU_BATCH_OBJECTS
@@ -72,6 +75,26 @@ def load_predictor(settings: Settings) -> tuple[SAM2VideoPredictor, str]:
     device = pick_device(settings.device)
     model, fingerprint = build_predictor(config_path, checkpoint_path, settings.image_size)
     return model.to(device).eval(), fingerprint
+
+
+def compile_network(model: SAM2VideoPredictor, **options: Any) -> None:  # noqa: ANN401  # torch's own
+    """Let `torch.compile` fuse the network's parts, in place, when they first run.
+
+    Args:
+        model: On its device.
+        options: For `torch.compile`, instead of its slowest search; CUDA graphs, which hand out
+            memory that the next call overwrites, stay out.
+
+    Source: the parts are those of `sam2.sam2_video_predictor.SAM2VideoPredictorVOS`.
+    """
+    options = options or {"mode": "max-autotune-no-cudagraphs"}
+    for part, dynamic in (
+        (model.image_encoder, False),
+        (model.memory_attention, True),  # memories and objects vary in number
+        (model.memory_encoder, True),
+        (model.sam_mask_decoder, True),
+    ):
+        part.forward = torch.compile(part.forward, dynamic=dynamic, **options)
 
 
 def find_files(settings: Settings) -> tuple[Path, Path]:

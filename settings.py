@@ -91,6 +91,7 @@ class Settings:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         image_size: Side of the square the model sees, in pixels; None keeps the config's.
         batch_objects: Objects per forward pass; None means 1 on CPU and 32 on CUDA.
+        compile: Whether to compile the network when the function starts.
         bit_exact: Whether a CPU computes SAM 2 as its authors wrote it, not in fewer operations.
         memory_cache_bytes: Frame memories a replica keeps on its device.
         feature_cache_frames: Encoded frames a replica keeps on its device.
@@ -108,6 +109,7 @@ class Settings:
     device: str = "auto"
     image_size: int | None = None
     batch_objects: int | None = None
+    compile: bool = False
     bit_exact: bool = False
     memory_cache_bytes: int = 1024 * 1024 * 1024
     feature_cache_frames: int = 4
@@ -149,6 +151,7 @@ class Settings:
                 "SAM2_IMAGE_SIZE", None, _image_size, "a multiple of 32 from 64 to 2048"
             ),
             batch_objects=read.integer("SAM2_BATCH_OBJECTS", None, 1, 256),
+            compile=read.flag("SAM2_COMPILE", default=cls.compile),
             bit_exact=read.flag("SAM2_BIT_EXACT", default=cls.bit_exact),
             memory_cache_bytes=read.integer("SAM2_MEMORY_CACHE_MB", 1024, 0, 1 << 20) << 20,
             feature_cache_frames=read.integer(

@@ -111,22 +111,23 @@ def test_a_batch_computes_what_one_at_a_time_computes(
         assert one.memory.shape == other.memory.shape == single.memory_shape
 
 
-def test_a_compiled_network_computes_the_same(load: Callable[[int], ModelHandler]) -> None:
-    """Traced parts see one and several memories and objects; only rounding may change."""
-    plain, compiled = load(2), load(2)
-    compile_network(compiled._model, backend="eager")  # traces, and builds no kernels
+def test_a_compiled_network_computes_the_same() -> None:
+    """Every part can be traced as a whole; only rounding may change."""
+    plain, compiled = (
+        load_model(Settings(model_id="micro", device="cpu", batch_objects=2, bit_exact=True))
+        for _ in range(2)
+    )
+    compile_network(compiled._model, backend="eager", fullgraph=True)  # builds no kernels
     track = Track(plain)
     states = [
         track.begin(name, plain.start_from_mask(features_of(plain, 0), plain.mask_prompt(mask)))
         for name, mask in (("a", blob_mask()), ("b", block_mask()))
     ]
-    for index in (1, 2):
-        expected = plain.step(features_of(plain, index), states, track.memories)
-        found = compiled.step(features_of(compiled, index), states, track.memories)
-        _, states = track.step(features_of(plain, index), states)
+    expected = plain.step(features_of(plain, 1), states, track.memories)
+    found = compiled.step(features_of(compiled, 1), states, track.memories)
 
-        for one, other in zip(expected, found, strict=True):
-            assert torch.allclose(one.low_res_logits, other.low_res_logits, rtol=0, atol=1e-4)
+    for one, other in zip(expected, found, strict=True):
+        assert torch.allclose(one.low_res_logits, other.low_res_logits, rtol=0, atol=1e-4)
 
 
 def test_answers_come_in_the_order_of_the_states(load: Callable[[int], ModelHandler]) -> None:
