@@ -7,7 +7,6 @@ keeps in one growing session, this module takes in and gives back as small immut
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from PIL import Image
 from sam2.sam2_video_predictor import SAM2VideoPredictor
 from torch.nn import functional
 
-from shapes import Box, Mask, SizeHW, mask_to_box
+from shapes import Box, Mask, SizeHW
 from track_state import MEMORY_REACH, TrackState
 
 # sam2/utils/misc.py, load_video_frames
@@ -184,24 +183,11 @@ class ModelHandler:
 
         Source: `SAM2VideoPredictor._get_orig_video_res_output`.
         """
-        low_res = output.low_res_logits
-        mask: Mask = np.zeros(frame.size_hw, dtype=np.bool_)
-        box = mask_to_box((low_res[0, 0] > 0).cpu().numpy())
-        if box is None:
-            return mask
-        # Nothing right of or below the positive logits' reach is scaled up. What is keeps its bits
-        # above this least size; below, PyTorch takes other ways to scale.
-        sides = tuple(low_res.shape[-2:])
-        least = max(*sides, 128) + 1
-        factors = [out / side for out, side in zip(frame.size_hw, sides, strict=True)]
-        height, width = (
-            min(out, max(math.ceil((end + 0.5) * factor), least))
-            for out, end, factor in zip(frame.size_hw, (box[3], box[2]), factors, strict=True)
-        )
         with inference(self.device):
-            # As `functional.interpolate` with align_corners=False, which takes no size and factor.
-            logits = torch.ops.aten.upsample_bilinear2d(low_res, (height, width), False, *factors)  # noqa: FBT003
-            mask[:height, :width] = (logits[0, 0] > 0).cpu().numpy()
+            logits = functional.interpolate(
+                output.low_res_logits, frame.size_hw, mode="bilinear", align_corners=False
+            )
+            mask: Mask = (logits[0, 0] > 0).cpu().numpy()
         return mask
 
     def _encode(self, image: Image.Image) -> FrameFeatures:

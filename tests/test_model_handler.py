@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,27 +215,6 @@ def test_full_size_masks_have_the_size_of_the_frame(load: Callable[[int], ModelH
     assert mask.shape == SIZE_HW
     assert mask.dtype == np.bool_
     assert np.count_nonzero(mask & blob_mask()) / np.count_nonzero(mask | blob_mask()) > 0.9
-
-
-@pytest.mark.parametrize("size_hw", [(720, 1280), (300, 128), (129, 33), (60, 70), (31, 1)])
-def test_only_what_can_be_foreground_is_scaled_up_and_equals_the_whole(
-    load: Callable[[int], ModelHandler], size_hw: tuple[int, int]
-) -> None:
-    """Every pixel is that of SAM 2's scaling, wherever the positive logits lie."""
-    model = load(1)
-    rng = np.random.default_rng(0)
-    side = IMAGE_SIZE // 4
-    frame = replace(features_of(model, 0), size_hw=size_hw)
-    for _ in range(20):
-        logits = -np.abs(rng.normal(size=(1, 1, side, side)))
-        (top, bottom), (left, right) = np.sort(rng.integers(0, side, (2, 2)))
-        area = (..., slice(top, bottom), slice(left, right))
-        logits[area] = rng.normal(0, 5, logits[area].shape)
-        low_res_logits = torch.from_numpy(logits.astype(np.float32))
-        output = ObjectOutput(low_res_logits, 1.0, torch.zeros(1), torch.zeros(1))
-        whole = torch.nn.functional.interpolate(low_res_logits, size_hw, mode="bilinear")
-
-        assert np.array_equal(model.full_size_mask(frame, output), (whole[0, 0] > 0).numpy())
 
 
 def test_pixels_enter_the_network_as_in_sam2(load: Callable[[int], ModelHandler]) -> None:
