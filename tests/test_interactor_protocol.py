@@ -122,6 +122,17 @@ def test_bad_prompt_is_refused_with_its_place(sent: Any, reason: str) -> None:
         parse(sent)
 
 
+@pytest.mark.parametrize("name", ["pos_points", "neg_points"])
+def test_as_many_points_as_the_limit_are_taken(name: str) -> None:
+    """One more is refused."""
+    sent = body(pos_points=[[5, 5]]) | {name: [[5, 5]] * MAX_POINTS}
+
+    assert max(map(len, (parse(sent).positive, parse(sent).negative))) == MAX_POINTS
+    sent[name].append([5, 5])
+    with pytest.raises(BadRequestError, match=f"^{name} has {MAX_POINTS + 1} points: at most"):
+        parse(sent)
+
+
 def test_image_is_held_to_the_limits() -> None:
     """A refused image is not a malformed request."""
     with pytest.raises(NotAnImageError):

@@ -18,6 +18,7 @@ from PIL import Image, ImageFile
 import protocol
 from errors import BadRequestError, NotAnImageError, TooLargeError, TrackerError
 from protocol import (
+    MAX_JPEG_SCANS,
     Continue,
     Start,
     TrackerRequest,
@@ -236,6 +237,26 @@ def test_what_just_fits_is_taken() -> None:
     assert parse_tracker_request(body, limits).items == (POLYGON_ITEM,)
 
 
+@pytest.mark.parametrize(
+    ("limit", "largest", "fields"),
+    [
+        ("objects", 2, {"shapes": [POLYGON] * 2}),
+        ("objects", 2, {"states": [STATE] * 2}),
+        ("polygon_points", 3, {"shapes": [POLYGON]}),
+        ("mask_runs", 3, {"shapes": [{"type": "mask", "points": [1, 1, 1, 0, 0, 2, 0]}]}),
+        ("body_bytes", len(IMAGE), {"shapes": [POLYGON]}),
+    ],
+)
+def test_limit_is_the_largest_that_is_allowed(
+    limit: str, largest: int, fields: dict[str, Any]
+) -> None:
+    """Under a limit that is smaller by one the same request is refused."""
+    assert parse(Limits(**{limit: largest}), **fields).items
+
+    with pytest.raises(TooLargeError, match="at most"):
+        parse(Limits(**{limit: largest - 1}), **fields)
+
+
 def test_large_body_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The size counts first: nothing reads the JSON of a body beyond the limit."""
     monkeypatch.delattr("json.loads")
@@ -378,6 +399,35 @@ def test_image_bomb_is_refused_by_its_header(
 
     assert not loads
     assert peak_bytes < 1_000_000
+
+
+@pytest.mark.parametrize(("limit", "largest"), [("image_pixels", 60 * 40), ("image_side", 60)])
+@pytest.mark.parametrize("turn", [Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_90])
+def test_picture_may_be_as_large_as_the_limit(
+    limit: str, largest: int, turn: Image.Transpose
+) -> None:
+    """Lying or upright; under a limit that is smaller by one it is refused."""
+    picture = colours().transpose(turn)
+    data = encoded(picture, "PNG")
+    enough, less = Limits(**{limit: largest}), Limits(**{limit: largest - 1})
+
+    assert read_image_size(data, enough) == picture.size[::-1]
+    assert decode_image(data, enough).size == picture.size
+    for refusing in (read_image_size, decode_image):
+        with pytest.raises(TooLargeError, match="pixels: at most"):
+            refusing(data, less)
+
+
+def test_jpeg_may_have_as_many_scans_as_the_limit() -> None:
+    """One more is refused."""
+    data = encoded(colours(), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    few = data.count(b"\xff\xda")
+    most = data[:-2] + data[last:-2] * (MAX_JPEG_SCANS - few)
+
+    assert read_image_size(most + data[-2:], LIMITS) == (40, 60)
+    with pytest.raises(TooLargeError, match=f"image has {MAX_JPEG_SCANS + 1} scans"):
+        read_image_size(most + data[last:], LIMITS)
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])

@@ -52,6 +52,7 @@ def test_ids_are_unguessable_and_safe_in_urls() -> None:
         f"{ID[:-1]}}}.{ID}",
         f"{ID[:-2]}\r\n.{ID}",
         "\ud800" * 22 + f".{ID}",
+        pytest.param(f"{ID}." + "a" * 10_000_000, id="endless"),
     ],
 )
 def test_anything_else_is_no_token(text: object) -> None:
