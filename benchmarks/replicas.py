@@ -11,7 +11,6 @@ thread, and the machine's cores, which also serve Redis and the clients, bound w
 from __future__ import annotations
 
 import argparse
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -54,10 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rates: dict[tuple[int, int], list[float]] = {point: [] for point in points}
     times: dict[tuple[int, int], list[float]] = {point: [] for point in points}
     with set_up(options) as bench, ExitStack() as stack:
-        os.environ["OMP_NUM_THREADS"] = "1"  # which the replicas inherit
+        environment = bench.environment | {"OMP_NUM_THREADS": "1"}
         clip = make_clip(bench.folder / "clip", PICTURES, max(options.clients), tuple(options.size))
         functions = [
-            stack.enter_context(closing(Function(bench.environment, bench.server, bench.folder)))
+            stack.enter_context(closing(Function(environment, bench.server, bench.folder)))
             for _ in range(max(options.replicas))
         ]
         for function in functions:
