@@ -42,7 +42,7 @@ def main() -> None:
             f"{prompt.label:7} {prompt.shape.type:10} {outcome.frames:6} {hidden:7} "
             f"{region:6.3f} {boundary:5.3f}"
         )
-    print("\nmicro is for trying out: its masks are blocky and drift. Use SAM 2's own weights.")
+    print("\nmicro is for trying out and knows drawn shapes only. Use SAM 2's own weights.")
     for name in ("contact_sheet.png", "overlay.mp4", "annotations.xml", "tracks.json"):
         print(f"wrote {OUT / name}")
 

@@ -12,8 +12,6 @@ from training.clips import TRAINING_SEEDS, Clip, Script, make_clip
 
 # an object smaller than this share of the first frame is no fair prompt
 _MIN_START_SHARE = 0.0025
-# drawing a scene's textures costs as much as drawing several of its frames
-_FRAMES_PER_SCENE = 3
 _RENDER_SIZES_HW = ((288, 512), (216, 384), (360, 640), (320, 320), (300, 400))
 
 
@@ -97,30 +95,27 @@ class BatchStream(IterableDataset[Batch]):
         masks: list[Tensor] = []
         phase = find_phase(self._phases, number / self._steps)
         while len(frames) < phase.clips:
-            for clip in self._draw_clips(rng, phase.frames):
-                chosen = _choose_bodies(clip, self._objects, rng)
-                if chosen is not None and len(frames) < phase.clips:
-                    frames.append(torch.from_numpy(clip.frames))
-                    masks += [torch.from_numpy(clip.labels == body + 1) for body in chosen]
+            clip = self._draw_clip(rng, phase.frames)
+            chosen = _choose_bodies(clip, self._objects, rng)
+            if chosen is not None:
+                frames.append(torch.from_numpy(clip.frames))
+                masks += [torch.from_numpy(clip.labels == body + 1) for body in chosen]
         return Batch(torch.stack(frames), torch.stack(masks))
 
-    def _draw_clips(self, rng: np.random.Generator, frames: int) -> list[Clip]:
-        """Draw a clip; or, where clips are single frames, some frames of one scene as clips."""
-        single = frames == 1
-        count = _FRAMES_PER_SCENE if single else frames
+    def _draw_clip(self, rng: np.random.Generator, frames: int) -> Clip:
+        """Draw a clip, half of the time backwards."""
         clip = make_clip(
             int(rng.integers(len(TRAINING_SEEDS))),
-            frames=count,
+            frames=frames,
             size_hw=(self._image_size, self._image_size),
             render_hw=_RENDER_SIZES_HW[int(rng.integers(len(_RENDER_SIZES_HW)))],
-            stride=12.0 if single else rng.uniform(0.7, 3.0),
-            script=Script(hidden=(1, max(1.5, 0.7 * count))),
+            stride=rng.uniform(0.7, 3.0),
+            script=Script(hidden=(1, max(1.5, 0.7 * frames))),
         )
-        order = np.arange(count) if rng.random() < 0.5 else np.arange(count)[::-1]
-        parts = order[:, None] if single else order[None]
-        return [
-            Clip(clip.frames[part], clip.labels[part], clip.roles, clip.target) for part in parts
-        ]
+        if rng.random() < 0.5:
+            return clip
+        # a copy: torch takes no negative strides
+        return Clip(clip.frames[::-1].copy(), clip.labels[::-1].copy(), clip.roles, clip.target)
 
 
 def _choose_bodies(clip: Clip, count: int, rng: np.random.Generator) -> list[int] | None:

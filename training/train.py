@@ -22,13 +22,12 @@ from training.losses import Losses, compute_losses
 from training.model import CHECKPOINT, build_model, write_checkpoint
 from training.unroll import PromptKind, Unroller
 
-# As SAM 2: images first, then clips; these grow, so that short memory is learnt cheaply before long
-# memory.
+# The first weights carry masks already, so clips come first; these grow, so that short memory is
+# learnt cheaply before long memory. Boxes and clicks are learnt on the first frames.
 PHASES = (
-    Phase(share=0.30, frames=1, aged=0, clips=4, mask_prompts=0.0),
-    Phase(share=0.28, frames=3, aged=0, clips=2, mask_prompts=0.8),
-    Phase(share=0.24, frames=8, aged=3, clips=2, mask_prompts=0.8),
-    Phase(share=0.18, frames=12, aged=7, clips=2, mask_prompts=0.8),
+    Phase(share=0.57, frames=3, aged=0, clips=2, mask_prompts=0.7),
+    Phase(share=0.17, frames=8, aged=3, clips=2, mask_prompts=0.7),
+    Phase(share=0.26, frames=12, aged=7, clips=2, mask_prompts=0.7),
 )
 OBJECTS = 3
 PEAK_LEARNING_RATE = 1e-3
@@ -161,7 +160,7 @@ def join_processes() -> int:
 def main() -> None:
     """Train, or go on training, and write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1850)
+    parser.add_argument("--steps", type=int, default=1650)
     parser.add_argument("--folder", type=Path, default=Path("training/runs/micro"))
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
