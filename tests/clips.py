@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 
 import cv2
 import numpy as np
@@ -12,6 +13,7 @@ from shapes import Mask
 SIZE_HW = (180, 320)
 
 
+@functools.cache  # of lists that nobody changes
 def jpeg_frames(count: int, *, seed: int = 0, size_hw: tuple[int, int] = SIZE_HW) -> list[bytes]:
     """Return `count` JPEGs of a blob and a block that move over noise."""
     height, width = size_hw

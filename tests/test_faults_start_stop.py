@@ -23,12 +23,18 @@ from tests.conftest import Function, RedisServer
 from tests.faults import FRAMES, ROOT, Stage, micro_environment, prompts, stage_in
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the weights of a very small model."""
+    return tmp_path_factory.mktemp("weights")
+
+
+@pytest.fixture(scope="module")
 def start_micro(
-    start_function: Callable[[dict[str, str]], Function], tmp_path: Path
+    start_function: Callable[[dict[str, str]], Function], weights: Path
 ) -> Callable[[dict[str, str]], Function]:
-    """Start the function in this process with a very small model and further variables."""
-    environment = micro_environment(tmp_path)
+    """Start the function in this process with that model and further variables."""
+    environment = micro_environment(weights)
     return lambda further: start_function(environment | further)
 
 
@@ -162,12 +168,13 @@ CHECKPOINTS: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("content", [*CHECKPOINTS, "cut off", "damaged"])
 def test_broken_checkpoint_ends_the_start_with_one_clear_line(
     start_micro: Callable[[dict[str, str]], Function],
+    weights: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     content: str,
 ) -> None:
     """It is named, no code of it is run, and the advice of libraries stays out of the way."""
-    whole = (tmp_path / "micro-0.pt").read_bytes()
+    whole = (weights / "micro-0.pt").read_bytes()
     broken = tmp_path / "broken.pt"
     if content in CHECKPOINTS:
         broken.write_bytes(CHECKPOINTS[content][0])
@@ -187,12 +194,12 @@ def test_broken_checkpoint_ends_the_start_with_one_clear_line(
 
 
 def test_unreachable_store_ends_the_process_with_one_clear_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that refuses us is not waited for; exit status 1, and the port never opens."""
     monkeypatch.setenv("CVAT_FUNCTIONS_REDIS_HOST", "no-such-host.invalid")
     script = "import main; main.STORE_PATIENCE_S = 0; import local_server; local_server.main([])"
-    for name, value in micro_environment(tmp_path).items():
+    for name, value in micro_environment(weights).items():
         monkeypatch.setenv(name, value)
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False

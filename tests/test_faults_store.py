@@ -37,14 +37,14 @@ def micro(
 
 @pytest.fixture(scope="module")
 def tokens(micro: Function) -> list[str]:
-    """Four objects on the first frame."""
-    states: list[str] = micro.track(FRAMES[0], prompts(), [])["states"]
+    """An object on the first frame."""
+    states: list[str] = micro.track(FRAMES[0], prompts()[:1], [])["states"]
     return states
 
 
 @pytest.fixture(scope="module")
 def shapes(micro: Function, tokens: list[str]) -> list[Any]:
-    """Where they are on the second frame."""
+    """Where it is on the second frame."""
     found: list[Any] = micro.track(FRAMES[1], [None] * len(tokens), tokens)["shapes"]
     return found
 
