@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import json
+import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -178,7 +179,9 @@ def parse_shape(value: object, limits: Limits) -> Shape:
         raise BadRequestError(f"a shape must be an object, not {type(value).__name__}")
     name, points = value.get("type"), value.get("points")
     if not isinstance(name, str) or name not in set(ShapeType):
-        raise BadRequestError(f"type must be one of {', '.join(ShapeType)}, not {name!r:.40}")
+        # reprlib makes no text as long as what was sent
+        known = ", ".join(ShapeType)
+        raise BadRequestError(f"type must be one of {known}, not {reprlib.repr(name)}")
     if not isinstance(points, list):
         raise BadRequestError("points must be a flat list of numbers")
     shape_type = ShapeType(name)

@@ -17,7 +17,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
+from sam2.modeling.memory_attention import MemoryAttention
 from sam2.modeling.sam.transformer import RoPEAttention
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def rearrange(model: SAM2Base) -> None:
         model: On a CPU, in evaluation mode, with its weights.
     """
     with torch.inference_mode():
-        if all(_is_as_in_sam2(layer) for layer in model.memory_attention.layers):
+        if model.use_obj_ptrs_in_encoder and _is_as_in_sam2(model.memory_attention):
             side = model.sam_image_embedding_size
             model.memory_attention = RearrangedMemoryAttention(model.memory_attention, side)
         neck = model.image_encoder.neck
@@ -228,15 +228,15 @@ class _RunningSoftmax:
         return self._sum / self._weight
 
 
-def _is_as_in_sam2(layer: MemoryAttentionLayer) -> bool:
-    cross = layer.cross_attn_image
-    return (
-        isinstance(cross, RoPEAttention)
-        and cross.num_heads == 1
+def _is_as_in_sam2(attention: MemoryAttention) -> bool:
+    return attention.pos_enc_at_input and all(
+        isinstance(layer.cross_attn_image, RoPEAttention)
+        and layer.cross_attn_image.num_heads == 1
         and layer.activation_str == "relu"
         and layer.pos_enc_at_cross_attn_keys
         and not layer.pos_enc_at_cross_attn_queries
         and not layer.pos_enc_at_attn
+        for layer in attention.layers
     )
 
 
@@ -268,11 +268,16 @@ class _ConstantEncoding(nn.Module):
 def _fold_high_res_convs(model: SAM2Base) -> None:
     """Let the neck put out what the mask decoder takes of the two finest levels: fewer channels."""
     neck, decoder = model.image_encoder.neck, model.sam_mask_decoder
-    for level, name in enumerate(("conv_s0", "conv_s1")):
-        lateral = neck.convs[len(neck.convs) - 1 - level]
-        if level not in neck.fpn_top_down_levels and lateral.conv.kernel_size == (1, 1):
-            lateral.conv = _compose(getattr(decoder, name), lateral.conv)
-            setattr(decoder, name, nn.Identity())
+    laterals = [neck.convs[-1], neck.convs[-2]]  # the coarsest comes first
+    if (
+        not model.use_high_res_features_in_sam
+        or not {0, 1}.isdisjoint(neck.fpn_top_down_levels)
+        or any(lateral.conv.kernel_size != (1, 1) for lateral in laterals)
+    ):
+        return
+    for lateral, name in zip(laterals, ("conv_s0", "conv_s1"), strict=True):
+        lateral.conv = _compose(getattr(decoder, name), lateral.conv)
+        setattr(decoder, name, nn.Identity())
 
 
 def _compose(outer: nn.Linear | nn.Conv2d, inner: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:

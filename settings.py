@@ -91,7 +91,7 @@ class Settings:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         image_size: Side of the square the model sees, in pixels; None keeps the config's.
         batch_objects: Objects per forward pass; None means 1 on CPU and 32 on CUDA.
-        compile: Whether to compile the network when the function starts.
+        compile: Whether to compile the network's parts as they first run; for a GPU.
         bit_exact: Whether a CPU computes SAM 2 as its authors wrote it, not in fewer operations.
         memory_cache_bytes: Frame memories a replica keeps on its device.
         feature_cache_frames: Encoded frames a replica keeps on its device.
@@ -140,6 +140,8 @@ class Settings:
             raise SettingsError(
                 f"{missing} is not set: SAM2_CONFIG and SAM2_CHECKPOINT go together"
             )
+        if read.flag("SAM2_COMPILE", default=False) and read.flag("SAM2_BIT_EXACT", default=False):
+            raise SettingsError("SAM2_COMPILE and SAM2_BIT_EXACT exclude each other: unset one")
         state_ttl_s = read.integer("SAM2_STATE_TTL", cls.state_ttl_s, 10, 30 * 86400)
         return cls(
             redis=None if host is None else _redis(host, read),

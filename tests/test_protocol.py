@@ -175,7 +175,7 @@ WRONG_ITEMS: list[tuple[dict[str, Any], str]] = [
     ({"shapes": [POLYGON | {"type": "skeleton"}]}, r"not 'skeleton'"),
     ({"shapes": [POLYGON | {"type": "MASK"}]}, r"not 'MASK'"),
     ({"shapes": [POLYGON | {"type": ["mask"]}]}, r"not \['mask'\]"),
-    ({"shapes": [POLYGON | {"type": "\ud800" * 99}]}, r"not '(\\ud800)+\\ud$"),
+    ({"shapes": [POLYGON | {"type": "\ud800" * 99}]}, r"not .(\\ud800)+.*\.\.\..*\\ud800.$"),
     ({"shapes": [{"type": "mask"}]}, r"^shapes\[0\]: points must be a flat list of numbers"),
     ({"shapes": [{"type": "mask", "points": "1,2"}]}, r"points must be a flat list"),
     ({"shapes": [{"type": "mask", "points": {}}]}, r"points must be a flat list"),

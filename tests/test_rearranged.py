@@ -12,6 +12,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
+from sam2.modeling.sam2_base import SAM2Base
 
 from model_handler import FrameFeatures, ModelHandler, ObjectOutput
 from model_loader import load_model
@@ -180,13 +181,52 @@ def test_a_softmax_in_parts_is_the_softmax() -> None:
     assert torch.allclose(running.mean().double(), weights @ values.double(), atol=1e-4)
 
 
-def test_other_attention_than_sam2s_stays() -> None:
-    """A config of one's own with two heads works as it stands."""
-    config = OmegaConf.load(Path(sam2.__path__[0]) / CONFIG)
-    config.model.image_size = IMAGE_SIZE
-    config.model.memory_attention.layer.cross_attention.num_heads = 2
-    model = instantiate(config.model, _recursive_=True).eval()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory_attention.layer.cross_attention.num_heads": 2},
+        {"memory_attention.pos_enc_at_input": False},
+        {"use_obj_ptrs_in_encoder": False, "fixed_no_obj_ptr": False},
+    ],
+)
+def test_other_attention_than_sam2s_stays(options: dict[str, object]) -> None:
+    """A config of one's own works as it stands."""
+    model = build(options)
     before = model.memory_attention
     rearrange(model)
 
     assert model.memory_attention is before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("use_high_res_features_in_sam", False),
+        ("image_encoder.neck.fpn_top_down_levels", [0, 2, 3]),
+        ("image_encoder.neck.fpn_top_down_levels", [2, 3]),
+    ],
+)
+def test_fine_levels_are_folded_only_where_nothing_else_takes_them(
+    option: str, value: object
+) -> None:
+    """The features of other necks than SAM 2's stay as they are, too."""
+    model = build({option: value})
+    pixels = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before = model.forward_image(pixels)["backbone_fpn"]
+        rearrange(model)
+        after = model.forward_image(pixels)["backbone_fpn"]
+
+    for one, other in zip(before, after, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def build(options: dict[str, object]) -> SAM2Base:
+    """Build the tiny model with options of one's own and PyTorch's first weights."""
+    config = OmegaConf.load(Path(sam2.__path__[0]) / CONFIG)
+    for option, value in (options | {"image_size": IMAGE_SIZE}).items():
+        OmegaConf.update(config.model, option, value)
+    torch.manual_seed(0)
+    model = instantiate(config.model, _recursive_=True).eval()
+    assert isinstance(model, SAM2Base)
+    return model

@@ -36,6 +36,8 @@ RIGHT = [
     ("SAM2_IMAGE_SIZE", "512", "image_size", 512),
     ("SAM2_IMAGE_SIZE", "64", "image_size", 64),
     ("SAM2_BATCH_OBJECTS", "8", "batch_objects", 8),
+    ("SAM2_COMPILE", "on", "compile", True),
+    ("SAM2_BIT_EXACT", "on", "bit_exact", True),
     ("SAM2_MEMORY_CACHE_MB", "2", "memory_cache_bytes", 2 * 1024 * 1024),
     ("SAM2_MEMORY_CACHE_MB", "0", "memory_cache_bytes", 0),
     ("SAM2_FEATURE_CACHE_FRAMES", "9", "feature_cache_frames", 9),
@@ -107,6 +109,12 @@ def test_empty_environment_gives_the_defaults() -> None:
 def test_host_alone_reaches_a_plain_redis() -> None:
     """The other Redis variables have defaults."""
     assert Settings.from_env(HOST).redis == RedisSettings(host="redis", port=6379)
+
+
+def test_two_ways_to_compute_exclude_each_other() -> None:
+    """Compiled kernels cannot have SAM 2's own bits."""
+    with pytest.raises(SettingsError, match="SAM2_COMPILE and SAM2_BIT_EXACT exclude"):
+        Settings.from_env({"SAM2_COMPILE": "on", "SAM2_BIT_EXACT": "on"})
 
 
 @pytest.mark.parametrize(("variable", "value", "path", "expected"), RIGHT)
