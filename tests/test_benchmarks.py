@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks import frames, gpu, input_sizes, objects, profile_request, replicas, sizes
 
-MICRO = ["--model-id", "micro", "--device", "cpu", "--image-size", "128"]
+MICRO = ["--model-id", "micro", "--device", "cpu", "--image-size", "256"]
 SMALL = ["--size", "90", "160"]
 
 
@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         with Image.open(tmp_path / "found.png") as picture:
             assert picture.width == 960
         assert found["machine"]["cores"] >= 1
-        assert found["model"] == {"name": "micro", "image_size": 128, "settings": {}}
+        assert found["model"] == {"name": "micro", "image_size": 256, "settings": {}}
         return found
 
     return run

@@ -56,7 +56,7 @@ def every_error() -> dict[str, Exception]:
         if inspect.isclass(known) and issubclass(known, redis.RedisError):
             classes.add(known)
     assert len(classes) > 25
-    errors: list[Exception] = [made("3999 hush:7000") for made in classes]
+    errors: list[Exception] = [made("3999 hush:7000") for made in sorted(classes, key=str)]
     errors += [
         ConnectionResetError("hush"), BrokenPipeError("hush"), TimeoutError("hush"),
         socket.gaierror(-2, "hush"), ssl.SSLError("hush"), OSError(24, "hush"),

@@ -174,7 +174,8 @@ for (const path of Object.keys(FILES).filter((name) => name !== 'index.html')) {
         const [was, is] = [await get(`${plain}/${path}`), await get(`${filtered}/${path}`)];
 
         assert.equal(is.body.toString(), FILES[path]);
-        assert.deepEqual([is.status, { ...is.headers, date: '' }], [was.status, { ...was.headers, date: '' }]);
+        const [now, then] = [is, was].map(({ headers }) => ({ ...headers, date: '', expires: '' }));
+        assert.deepEqual([is.status, now], [was.status, then]);
     });
 }
 
