@@ -40,6 +40,7 @@ CACHED_MEMORIES = 16
 LIFE_S = 60  # of a track that nobody uses
 STEPS_BEFORE_ABANDONED = 3
 MB = 1 << 20
+COLUMNS = ["frame", "ours_ms", "redis_bytes", "redis_keys", "process_bytes"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         abandoned = abandon(function, clip, options.abandon) if options.abandon else []
         found = result("frames", options, bench.environment, rows)
     found |= {"flat": flat, "abandoned": abandoned}
-    report(found, options, ["frame", "ours_ms", "redis_bytes", "redis_keys", "process_bytes"])
+    report(found, options, COLUMNS, plot)
     print(
         f"frame {options.late} takes {flat['late_over_early']} of the time of frame "
         f"{options.early} ({flat['late_ms']} and {flat['early_ms']} ms, {options.window} pairs)"
@@ -73,8 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{row['tracks']} tracks abandoned: process {row['process_bytes'] / MB:.1f} MB, "
             f"Redis {row['redis_bytes'] / MB:.1f} MB"
         )
-    if options.plot:
-        plot(found, options.plot)
 
 
 def follow(function: Function, clip: Clip, options: argparse.Namespace) -> tuple[list[Row], Row]:

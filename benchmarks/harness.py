@@ -14,7 +14,7 @@ import os
 import platform
 import tempfile
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,17 +146,25 @@ def machine(device: str = "auto") -> dict[str, Any]:
     }
 
 
-def report(found: Row, options: argparse.Namespace, columns: Sequence[str]) -> None:
-    """Print a result as a table, and write it where the options say.
+def report(
+    found: Row,
+    options: argparse.Namespace,
+    columns: Sequence[str],
+    plot: Callable[[Row, Path], None] | None = None,
+) -> None:
+    """Print a result as a table, and write and draw it where the options say.
 
     Args:
         found: See `result`.
         options: See `add_common_options`.
         columns: See `table`.
+        plot: Draws the result, where there is something to draw.
     """
     print(f"{found['benchmark']}: {describe(found)}\n{table(found['rows'], columns)}")
     if options.json:
         write_json(found, options.json)
+    if plot and options.plot:
+        plot(found, options.plot)
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:

@@ -61,9 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             measured = follow_clips(environments, options.clips)
             rows = [row | measured[row["image_size"]] for row in rows]
         found = result("input_sizes", options, bench.environment, rows)
-    report(found, options, COLUMNS)
-    if options.plot:
-        plot(found, options.plot)
+    report(found, options, COLUMNS, plot)
 
 
 def time_sizes(

@@ -55,9 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         rows = [measure(contenders, clip, count, options.frames) for count in options.objects]
         found = result("objects", options, bench.environment, rows)
-    report(found, options, COLUMNS)
-    if options.plot:
-        plot(found, options.plot)
+    report(found, options, COLUMNS, plot)
 
 
 def measure(

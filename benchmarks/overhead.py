@@ -21,7 +21,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -42,6 +41,8 @@ import main as door
 import tracker
 import tracker_builder
 from benchmarks.clip import JPEG_QUALITY, draw_discs
+from benchmarks.contenders import Traffic
+from benchmarks.harness import describe_machine, machine, write_json
 from model_handler import ModelHandler
 from model_loader import load_model
 from settings import Settings
@@ -189,7 +190,7 @@ class Client:
 
     def __init__(self, url: str, redis: RedisServer) -> None:
         self._http = httpx.Client(timeout=600, base_url=url)
-        self._redis = redis.client()
+        self._traffic = Traffic(redis)
 
     def wait(self) -> None:
         """Return when the function has started."""
@@ -211,7 +212,7 @@ class Client:
         times: dict[str, list[float]] = defaultdict(list)
         for index in range(WARM_UP + frames):
             if index == WARM_UP:
-                before = self._moved()
+                before = self._traffic.read()
             again = [None] * len(shapes)
             answer, ms, parts = self._post(next(turn), again, answer["states"])
             if index >= WARM_UP:
@@ -219,7 +220,7 @@ class Client:
                     times[part].append(parts.get(part, 0.0))
                 times[REST].append(ms - sum(parts.values()))
                 times[TOTAL].append(ms)
-        written, read = (b - a for a, b in zip(before, self._moved(), strict=True))
+        written, read = self._traffic.since(before)
         medians = {part: statistics.median(values) for part, values in times.items()}
         kilobytes = frames * 1000
         return medians | {"written KB": written / kilobytes, "read KB": read / kilobytes}
@@ -233,11 +234,6 @@ class Client:
         ms = (time.perf_counter() - begin) * 1000
         response.raise_for_status()
         return response.json(), ms, json.loads(response.headers["Server-Timing"])
-
-    def _moved(self) -> tuple[int, int]:
-        """Return the bytes that Redis has taken and given."""
-        info = self._redis.info("stats")
-        return info["total_net_input_bytes"], info["total_net_output_bytes"]
 
 
 def measure(counts: Sequence[int], frames: int) -> dict[str, dict[str, float]]:
@@ -320,11 +316,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bars = check(found, options.objects)
     for name, value, most in bars:
         print(f"{name:24} {value:8.2f}, at most {most:g}: {'held' if value <= most else 'MISSED'}")
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    print(f"machine: {machine}")
+    where = machine("cpu")
+    print(f"machine: {describe_machine(where)}")
     if options.json:
-        figures = {"machine": machine, "medians": found, "bars": bars}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        write_json({"machine": where, "medians": found, "bars": bars}, options.json)
 
 
 if __name__ == "__main__":

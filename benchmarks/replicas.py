@@ -70,9 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     progress.update()
         rows = [row(count, clients, rates, times) for count, clients in points]
         found = result("replicas", options, bench.environment, rows)
-    report(found, options, COLUMNS)
-    if options.plot:
-        plot(found, options.plot)
+    report(found, options, COLUMNS, plot)
 
 
 def row(

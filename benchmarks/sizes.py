@@ -62,9 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 }
             )
         found = result("sizes", options, bench.environment, rows)
-    report(found, options, COLUMNS)
-    if options.plot:
-        plot(found, options.plot)
+    report(found, options, COLUMNS, plot)
 
 
 def plot(found: Row, path: Path) -> None:
