@@ -155,7 +155,8 @@ class _CrossAttention(nn.Module):
         channels = cross.internal_dim
         half = channels // 2
         # in powers of two, which a CPU raises faster
-        self._q_proj = _scaled(cross.q_proj, math.log2(math.e) / math.sqrt(channels))
+        scale = math.log2(math.e) / math.sqrt(channels)
+        self._q_weight, self._q_bias = cross.q_proj.weight * scale, cross.q_proj.bias * scale
         self._k_proj = cross.k_proj
         self._output = _compose(cross.out_proj, cross.v_proj)
         self._rotations = cross.compute_cis(end_x=side, end_y=side)
@@ -170,7 +171,8 @@ class _CrossAttention(nn.Module):
 
     def queries(self, tokens: Tensor) -> Tensor:
         """Project tokens `(side * side, C)` to queries of the same shape."""
-        return _rotate(self._q_proj(tokens), self._rotations)
+        queries = functional.linear(tokens, self._q_weight, self._q_bias)
+        return _rotate(queries, self._rotations)
 
     def forward(
         self,
@@ -244,13 +246,6 @@ def _rotate(tokens: Tensor, rotations: Tensor) -> Tensor:
     """Turn neighbouring channels `(..., 2 * k)` by complex numbers `(..., k)` of length one."""
     pairs = torch.view_as_complex(tokens.reshape(*tokens.shape[:-1], -1, 2).contiguous())
     return torch.view_as_real(pairs * rotations).flatten(-2)
-
-
-def _scaled(layer: nn.Linear, factor: float) -> nn.Linear:
-    scaled = nn.Linear(layer.in_features, layer.out_features)
-    scaled.weight = nn.Parameter(layer.weight * factor, requires_grad=False)
-    scaled.bias = nn.Parameter(layer.bias * factor, requires_grad=False)
-    return scaled
 
 
 class _ConstantEncoding(nn.Module):

@@ -140,7 +140,9 @@ class Settings:
             raise SettingsError(
                 f"{missing} is not set: SAM2_CONFIG and SAM2_CHECKPOINT go together"
             )
-        if read.flag("SAM2_COMPILE", default=False) and read.flag("SAM2_BIT_EXACT", default=False):
+        compiled = read.flag("SAM2_COMPILE", default=cls.compile)
+        bit_exact = read.flag("SAM2_BIT_EXACT", default=cls.bit_exact)
+        if compiled and bit_exact:
             raise SettingsError("SAM2_COMPILE and SAM2_BIT_EXACT exclude each other: unset one")
         state_ttl_s = read.integer("SAM2_STATE_TTL", cls.state_ttl_s, 10, 30 * 86400)
         return cls(
@@ -153,8 +155,8 @@ class Settings:
                 "SAM2_IMAGE_SIZE", None, _image_size, "a multiple of 32 from 64 to 2048"
             ),
             batch_objects=read.integer("SAM2_BATCH_OBJECTS", None, 1, 256),
-            compile=read.flag("SAM2_COMPILE", default=cls.compile),
-            bit_exact=read.flag("SAM2_BIT_EXACT", default=cls.bit_exact),
+            compile=compiled,
+            bit_exact=bit_exact,
             memory_cache_bytes=read.integer("SAM2_MEMORY_CACHE_MB", 1024, 0, 1 << 20) << 20,
             feature_cache_frames=read.integer(
                 "SAM2_FEATURE_CACHE_FRAMES", cls.feature_cache_frames, 1, 256
