@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -107,10 +108,14 @@ def serve(port: int, masks: torch.Tensor) -> None:
         return found
 
     mock.patch.object(local_server, "_answer", timed_answer).start()
-    with Path(os.devnull).open("w") as log, contextlib.redirect_stdout(log):
+    with (
+        Path(os.devnull).open("w") as log,
+        contextlib.redirect_stdout(log),
+        ThreadPoolExecutor(1) as worker,
+    ):
         context = local_server.create_context()
-        door.init_context(context)
-        app = local_server.create_app(context, door.handler)
+        worker.submit(door.init_context, context).result()
+        app = local_server.create_app(context, door.handler, worker)
         uvicorn.run(app, port=port, log_level="warning")
 
 

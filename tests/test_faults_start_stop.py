@@ -77,7 +77,7 @@ def test_local_server_closes_the_connections_when_it_stops(
 ) -> None:
     """After the last request; the callback is the same as Nuclio's."""
     context = start_micro(own_redis.environment).context
-    with TestClient(local_server.create_app(context, main.handler)) as http:
+    with TestClient(local_server.create_app(context, main.handler, ThreadPoolExecutor(1))) as http:
         assert http.get("/healthz").status_code == 200
         assert connections(own_redis) == 1
 
@@ -126,7 +126,7 @@ def test_body_that_never_comes_does_not_block_the_others(
 ) -> None:
     """Callers that stop in the middle of a request are given up, and others are served."""
     monkeypatch.setattr(local_server, "BODY_PATIENCE_S", 0.5)
-    app = local_server.create_app(start_micro({}).context, main.handler)
+    app = local_server.create_app(start_micro({}).context, main.handler, ThreadPoolExecutor(1))
 
     async def stalled() -> AsyncIterator[bytes]:
         yield b'{"image": "'
