@@ -8,6 +8,7 @@ keys of 256 channels, and then with as many values. Here
   latter rotation and projection are moved to the queries, which leaves 128 + 64 channels;
 - the first self-attention sees the frame only: its objects share it;
 - what never changes is computed once.
+The trunk's fine levels are as many operations as before, but strip by strip, for the cache.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ import math
 from typing import NamedTuple
 
 import torch
+from sam2.modeling.backbones.hieradet import MultiScaleBlock
 from sam2.modeling.memory_attention import MemoryAttention
 from sam2.modeling.sam.transformer import RoPEAttention
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor, nn
 from torch.nn import functional
+
+# What the trunk's blocks make of so many tokens on the way stays in a core's cache.
+_STRIP_TOKENS = 2048
 
 
 def rearrange(model: SAM2Base) -> None:
@@ -37,6 +42,9 @@ def rearrange(model: SAM2Base) -> None:
         neck = model.image_encoder.neck
         neck.position_encoding = _ConstantEncoding(neck.position_encoding)
         trunk, prompts = model.image_encoder.trunk, model.sam_prompt_encoder
+        trunk.blocks = nn.ModuleList(
+            _InStrips(block) if block.window_size > 0 else block for block in trunk.blocks
+        )
         trunk._get_pos_embed = functools.cache(trunk._get_pos_embed)  # noqa: SLF001  # has no other name
         prompts.get_dense_pe = functools.cache(prompts.get_dense_pe)
         _fold_high_res_convs(model)
@@ -258,6 +266,28 @@ class _ConstantEncoding(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         encoded: Tensor = self._of_size(features.shape[-2:])
         return encoded.expand(len(features), -1, -1, -1)
+
+
+class _InStrips(nn.Module):
+    """A block of the trunk whose tokens see no further than their window, strip by strip.
+
+    Args:
+        block: The block, with windows.
+    """
+
+    def __init__(self, block: MultiScaleBlock) -> None:
+        super().__init__()
+        self._block = block
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Compute tokens `(B, H, W, C)`; few are computed at once."""
+        height, width = tokens.shape[1:3]
+        if height * width <= 2 * _STRIP_TOKENS:
+            whole: Tensor = self._block(tokens)
+            return whole
+        side = self._block.window_size
+        rows = side * max(1, _STRIP_TOKENS // (side * width))
+        return torch.cat([self._block(strip) for strip in torch.split(tokens, rows, dim=1)], dim=1)
 
 
 def _fold_high_res_convs(model: SAM2Base) -> None:

@@ -12,11 +12,12 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
+from sam2.modeling.backbones.hieradet import MultiScaleBlock
 from sam2.modeling.sam2_base import SAM2Base
 
 from model_handler import FrameFeatures, ModelHandler, ObjectOutput
 from model_loader import load_model
-from rearranged import RearrangedMemoryAttention, _RunningSoftmax, rearrange
+from rearranged import RearrangedMemoryAttention, _InStrips, _RunningSoftmax, rearrange
 from settings import Settings
 from shapes import ShapeType
 from tests.clips import SIZE_HW, blob_mask, block_mask, jpeg_frames
@@ -162,6 +163,24 @@ def test_thirty_frames_on_trained_weights_are_alike(monkeypatch: pytest.MonkeyPa
         for one, other in zip(exact_row, row, strict=True):
             assert region_iou(one.mask, other.mask) >= 0.9999
     assert np.mean([one.mask.any() for row in answers[0] for one in row]) > 0.5
+
+
+@pytest.mark.parametrize("q_stride", [None, (2, 2)])
+@pytest.mark.parametrize("window_size", [4, 14])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_block_in_strips_is_the_block(
+    window_size: int, q_stride: tuple[int, int] | None, batch: int
+) -> None:
+    """Also where windows reach beyond the edges."""
+    torch.manual_seed(0)
+    block = MultiScaleBlock(16, 32, 2, q_stride=q_stride, window_size=window_size).eval()
+    tokens = torch.randn(batch, 66, 70, 16)
+    pieces: list[int] = []
+    block.register_forward_pre_hook(lambda _, given: pieces.append(given[0].shape[1]))
+    with torch.inference_mode():
+        strips = _InStrips(block)(tokens)
+        assert len(pieces) > 1
+        assert torch.allclose(strips, block(tokens), rtol=0, atol=1e-5)
 
 
 def test_a_softmax_in_parts_is_the_softmax() -> None:
