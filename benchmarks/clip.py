@@ -54,7 +54,7 @@ def draw_discs(
     colors = rng.integers(0, 255, (objects, 3)).tolist()
     frames, masks = [], []
     for index in range(count):
-        frame = still.copy()
+        frame = np.roll(still, index, axis=1)  # no two are equal: features are kept by content
         for center, speed, color in zip(centers, speeds, colors, strict=True):
             x, y = (center + index * speed).astype(int).tolist()
             cv2.circle(frame, (x, y), height // 14, color, -1, cv2.LINE_AA)
