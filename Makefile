@@ -60,14 +60,19 @@ soak: setup
 #   make benchmarks TINY="--model-id facebook/sam2.1-hiera-tiny"
 TINY ?= --config sam2.1_hiera_t --random
 BENCH = $(PY) -m benchmarks.$(1) --device cpu --json out/benchmarks/$(2).json --plot benchmarks/plots/$(2).png
+PROFILE = $(PY) -m benchmarks.profile_request --device cpu $(TINY) --out out/benchmarks/profile
 
 benchmarks: setup
 	$(call BENCH,objects,objects_512) $(TINY) --image-size 512
+	$(call BENCH,objects,objects_1024) $(TINY) --objects 1 8
+	$(call BENCH,objects,objects_micro) --model-id micro
 	$(call BENCH,sizes,sizes_512) $(TINY) --image-size 512
-	$(call BENCH,input_sizes,input_sizes_tiny) $(TINY) --sizes 512 1024 --clips 0
 	$(call BENCH,input_sizes,input_sizes_micro) --model-id micro
 	$(call BENCH,frames,frames) --model-id micro --abandon 200
 	$(call BENCH,replicas,replicas) --model-id micro
+	$(PROFILE)_512.txt --image-size 512
+	$(PROFILE)_1024.txt
+	$(PY) -m benchmarks.overhead --json out/benchmarks/overhead.json
 
 clean:
 	rm -rf $(VENV) .cache out

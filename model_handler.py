@@ -107,16 +107,27 @@ class ModelHandler:
         """Type the network computes in, see `compute_dtype`."""
         return compute_dtype(self.device)
 
-    def encode_frame(self, key: str, image: Callable[[], Image.Image]) -> FrameFeatures:
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """Return what the model sees of an RGB frame: `(3, S, S)`, float32, not yet on its device.
+
+        Source: `sam2/utils/misc.py`, `_load_img_as_tensor` and `load_video_frames`.
+        """
+        resized = np.asarray(image.resize((self.image_size, self.image_size)))
+        return torch.from_numpy(cv2.LUT(resized, self._shades)).permute(2, 0, 1)
+
+    def encode_frame(
+        self, key: str, size_hw: SizeHW, pixels: Callable[[], torch.Tensor]
+    ) -> FrameFeatures:
         """Encode a frame, or return it as it was encoded for an earlier request.
 
         Args:
             key: Names the frame's content.
-            image: Gives the RGB frame; called only when needed.
+            size_hw: Of the frame itself.
+            pixels: Gives what `pixels` made of it; called only when needed.
         """
         features = self._features.get(key)
         if features is None:
-            features = self._features[key] = self._encode(image())
+            features = self._features[key] = self._encode(size_hw, pixels())
         return features
 
     def mask_prompt(self, mask: Mask) -> torch.Tensor:
@@ -190,16 +201,12 @@ class ModelHandler:
             mask: Mask = (logits[0, 0] > 0).cpu().numpy()
         return mask
 
-    def _encode(self, image: Image.Image) -> FrameFeatures:
-        """Source: `sam2/utils/misc.py`, `_load_img_as_tensor` and `load_video_frames`."""
-        resized = np.asarray(image.resize((self.image_size, self.image_size)))
-        normalised = torch.from_numpy(cv2.LUT(resized, self._shades))
+    def _encode(self, size_hw: SizeHW, pixels: torch.Tensor) -> FrameFeatures:
         with inference(self.device):
-            pixels = normalised.permute(2, 0, 1).to(self.device)
-            encoded = self._model.forward_image(pixels[None])
+            encoded = self._model.forward_image(pixels.to(self.device)[None])
         levels = self._model.num_feature_levels
         return FrameFeatures(
-            size_hw=(image.height, image.width),
+            size_hw=size_hw,
             feature_maps=tuple(encoded["backbone_fpn"][-levels:]),
             position_encoding=encoded["vision_pos_enc"][-1],
         )

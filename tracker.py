@@ -184,6 +184,12 @@ class Tracker:
                 )
 
         report = report or Report()
+
+        def pixels() -> torch.Tensor:
+            image = frame.image()
+            with report.timed("resize"):
+                return self._model.pixels(image)
+
         starts = {i: item.shape for i, item in enumerate(items) if isinstance(item, Start)}
         tokens = {i: item.token for i, item in enumerate(items) if isinstance(item, Continue)}
         report.started, report.continued = len(starts), len(tokens)
@@ -197,7 +203,7 @@ class Tracker:
             states = self._load_states(tokens, frame.size_hw, report)
             memories = self._load_memories(tokens, states, report)
         with report.timed("encode"):
-            features = self._model.encode_frame(frame.key, frame.image)
+            features = self._model.encode_frame(frame.key, frame.size_hw, pixels)
         with report.timed("model"):
             outputs = {}
             for i, prompt in prompts.items():

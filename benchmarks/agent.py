@@ -5,7 +5,8 @@
 Both run as `cvat-cli function run-agent` against a stand-in for CVAT, and are asked for the same
 frames in turn; a time lasts from the request to the answer, frames travelling as PNG. The loop is
 `references.PerObjectLoop`, how CVAT's own SAM 2 function tracks. Ours keeps its tracks in a Redis
-server, as several agents need it. Other settings come from the environment.
+server, as several agents need it. The ratio is our time divided by the loop's: below 1 we are
+faster. Other settings come from the environment.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +24,13 @@ from typing import Any
 import cv2
 
 from benchmarks.clip import draw_discs
-from benchmarks.harness import describe_machine, machine
+from benchmarks.harness import add_common_options, report, result, set_up
+from benchmarks.turns import median
 from shapes import encode_cvat_rle
-from tests.conftest import RedisServer
 from tests.cvat_agent_stub import TOKEN, CvatStub
 
-FUNCTIONS = {"tracker": "agent/func.py", "per-object loop": "benchmarks/reference_function.py"}
+FUNCTIONS = {"ours": "agent/func.py", "loop": "benchmarks/reference_function.py"}
+COLUMNS = ["objects", "ours_ms", "loop_ms", "ours_over_loop"]
 REPOSITORY = Path(__file__).parent.parent
 WARM_UP_FRAMES = 8  # until every object's memory is full
 TASK = 1
@@ -49,10 +49,9 @@ def start_agent(cvat: CvatStub, file: str, environment: dict[str, str]) -> tuple
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print medians, their ratio and the machine."""
+    """Measure, print, and write what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model-id", default="facebook/sam2.1-hiera-tiny")
-    parser.add_argument("--device", default="auto")
+    add_common_options(parser)
     parser.add_argument("--objects", type=int, default=8)
     parser.add_argument("--frames", type=int, default=20, help="frames to measure")
     parser.add_argument("--size", type=int, nargs=2, default=(720, 1280), metavar=("H", "W"))
@@ -63,17 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     frames = [cv2.imencode(".png", picture)[1].tobytes() for picture in pictures]
     shapes = [{"type": "mask", "points": encode_cvat_rle(mask)} for mask in masks]
     cvat = CvatStub({TASK: frames})
-    times: dict[str, list[float]] = {name: [] for name in FUNCTIONS}
-    with tempfile.TemporaryDirectory() as folder:
-        redis = RedisServer(Path(folder))
-        environment = {
-            **redis.environment,
-            "CVAT_ACCESS_TOKEN": TOKEN,
-            "SAM2_MODEL_ID": options.model_id,
-            "SAM2_CONFIG": "",  # which would win over the model's id
-            "SAM2_CHECKPOINT": "",
-            "SAM2_DEVICE": options.device,
-        }
+    all_ms: dict[str, list[float]] = {name: [] for name in FUNCTIONS}
+    with set_up(options) as bench:
+        environment = bench.environment | bench.server.environment | {"CVAT_ACCESS_TOKEN": TOKEN}
         agents = {name: start_agent(cvat, file, environment) for name, file in FUNCTIONS.items()}
         try:
             states = {}
@@ -86,22 +77,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     step = {"type": "track", "task": TASK, "frame": frame, "states": states[name]}
                     cvat.submit(function, **step).result(600)
                     if frame > WARM_UP_FRAMES:
-                        times[name].append(time.perf_counter() - begin)
+                        all_ms[name].append(round((time.perf_counter() - begin) * 1000, 2))
         finally:
             for _, process in agents.values():
                 os.killpg(process.pid, signal.SIGKILL)  # with its worker
                 process.wait()
             cvat.close()
-            redis.stop()
-
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    height, width = options.size
-    print(f"{options.model_id}, device {options.device}, {options.objects} objects")
-    print(f"{options.frames} frames of {width} x {height}; median per frame, request to answer")
-    for name, seconds in medians.items():
-        print(f"{name:16} {seconds * 1000:8.1f} ms")
-    print(f"{'ratio':16} {medians['per-object loop'] / medians['tracker']:8.2f}")
-    print(f"machine: {describe_machine(machine(options.device))}")
+        ours_ms, loop_ms = (median(times) for times in all_ms.values())
+        row = {
+            "objects": options.objects,
+            "ours_ms": ours_ms,
+            "loop_ms": loop_ms,
+            "ours_over_loop": round(ours_ms / loop_ms, 4),
+            "all_ms": all_ms,
+        }
+        found = result("agent", options, bench.environment, [row])
+    report(found, options, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from benchmarks.clip import FIRST_NEW_FRAME, Clip
 from benchmarks.references import LoopObject, PerObjectLoop, decode_object, encode_object
 from benchmarks.turns import Contender, Step
 from model_handler import inference
-from model_loader import build_predictor, find_files, pick_device
+from model_loader import load_predictor
 from settings import RedisSettings, Settings
 from shapes import Mask, encode_cvat_rle
 from state_store import RedisStateStore, StepWrite, connect
@@ -244,22 +244,14 @@ def open_contenders(
         stack: Closes them.
         compiled: Let SAM 2's predictor compile itself, as its makers recommend for speed.
     """
-    shared = functools.cache(lambda: load_reference_model(environment))
+    load = functools.partial(load_predictor, Settings.from_env(environment))
+    shared = functools.cache(load)
     makers: dict[str, Callable[[], Contender]] = {
         "ours": lambda: Function(environment, server, folder),
-        "predictor": lambda: Predictor(
-            compile_predictor(load_reference_model(environment)) if compiled else shared()
-        ),
-        "loop": lambda: Loop(shared(), server),
+        "predictor": lambda: Predictor(compile_predictor(load()[0]) if compiled else shared()[0]),
+        "loop": lambda: Loop(shared()[0], server),
     }
     return {name: stack.enter_context(closing(makers[name]())) for name in names}
-
-
-def load_reference_model(environment: Mapping[str, str]) -> SAM2VideoPredictor:
-    """Return SAM 2's own network as the settings name it, on their device."""
-    settings = Settings.from_env(environment)
-    model, _ = build_predictor(*find_files(settings), settings.image_size)
-    return model.to(pick_device(settings.device)).eval()
 
 
 def compile_predictor(model: SAM2VideoPredictor) -> SAM2VideoPredictor:

@@ -39,7 +39,7 @@ PICTURES = 40  # frames of the clip, which runs forth and back
 CACHED_MEMORIES = 16
 LIFE_S = 60  # of a track that nobody uses
 STEPS_BEFORE_ABANDONED = 3
-MB = 1 << 20
+MB = 1_000_000
 COLUMNS = ["frame", "ours_ms", "redis_bytes", "redis_keys", "process_bytes"]
 
 
@@ -126,7 +126,7 @@ def short_memory(bench: Bench) -> dict[str, str]:
     side = (settings.image_size or config.image_size) // 16
     memory_bytes = config.memory_encoder.out_dim * side * side * 2
     return bench.environment | {
-        "SAM2_MEMORY_CACHE_MB": str(-(-CACHED_MEMORIES * memory_bytes // MB)),
+        "SAM2_MEMORY_CACHE_MB": str(-(-CACHED_MEMORIES * memory_bytes // (1 << 20))),
         "SAM2_FEATURE_CACHE_FRAMES": "1",
         "SAM2_STATE_TTL": str(LIFE_S),
         "SAM2_RETRY_WINDOW": str(LIFE_S // 2),
@@ -189,7 +189,7 @@ def plot(found: Row, path: Path) -> None:
         ticks={row["frame"]: str(row["frame"]) for row in rows if row["frame"] % 100 == 0},
         panels=[
             Panel("time per frame, ms", {"ours": [row["ours_ms"] for row in rows]}),
-            Panel("the track in Redis, KB", {"ours": [r["redis_bytes"] / 1024 for r in rows]}),
+            Panel("the track in Redis, KB", {"ours": [r["redis_bytes"] / 1000 for r in rows]}),
             Panel("process, MB", {"ours": [row["process_bytes"] / MB for row in rows]}),
         ],
         caption=describe(found),

@@ -118,6 +118,7 @@ def follow_clips(environments: Mapping[int, Mapping[str, str]], count: int) -> d
 def plot(found: Row, path: Path) -> None:
     """Draw speed and, where it was measured, J over the input's size."""
     rows = found["rows"]
+    sizes = ", ".join(str(row["image_size"]) for row in rows)
     panels = [
         Panel(
             "time per frame, ms",
@@ -141,7 +142,7 @@ def plot(found: Row, path: Path) -> None:
         x_label="side of the model's input, px (SAM2_IMAGE_SIZE)",
         x=[row["image_size"] for row in rows],
         panels=panels,
-        caption=describe(found),
+        caption=describe(found | {"model": found["model"] | {"image_size": sizes}}),
     )
 
 

@@ -65,7 +65,7 @@ PARTS: dict[str, list[tuple[object, str]]] = {
     "image header": [(door, "read_image_size")],
     "content hash": [(hashlib, "blake2b")],
     "decode": [(door, "decode_image")],
-    "resize, normalise": [(ModelHandler, "_encode")],
+    "resize, normalise": [(ModelHandler, "pixels")],
     "Redis read": [(RedisStateStore, "load_states"), (RedisStateStore, "load_memories")],
     "state decode": [(tracker, "decode_state"), (tracker, "decode_memory")],
     "around the network": [(ModelHandler, "step")],
@@ -197,6 +197,11 @@ class Client:
         self._http = httpx.Client(timeout=600, base_url=url)
         self._traffic = Traffic(redis)
 
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._http.close()
+        self._traffic.close()
+
     def wait(self) -> None:
         """Return when the function has started."""
         while True:
@@ -256,7 +261,7 @@ def measure(counts: Sequence[int], frames: int) -> dict[str, dict[str, float]]:
         f"JPEG, rectangle x {most}": (jpegs, [rectangle] * most),
         "PNG, mask x 1": (pngs, masks[:1]),
     }
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ):
         redis = RedisServer(Path(folder))
         port = free_port()
         for name in [name for name in os.environ if name.startswith(("SAM2_", "CVAT_"))]:
@@ -271,14 +276,14 @@ def measure(counts: Sequence[int], frames: int) -> dict[str, dict[str, float]]:
         )
         function.start()
         try:
-            client = Client(f"http://127.0.0.1:{port}", redis)
-            client.wait()
-            print(
-                f"1080p pictures of {len(jpegs[0]) / 1e6:.2f} MB as JPEG, {len(pngs[0]) / 1e6:.2f} "
-                f"MB as PNG; medians of {frames} requests",
-                flush=True,
-            )
-            return {name: client.measure(*asked, frames) for name, asked in requests.items()}
+            with contextlib.closing(Client(f"http://127.0.0.1:{port}", redis)) as client:
+                client.wait()
+                print(
+                    f"1080p pictures of {len(jpegs[0]) / 1e6:.2f} MB as JPEG, "
+                    f"{len(pngs[0]) / 1e6:.2f} MB as PNG; medians of {frames} requests",
+                    flush=True,
+                )
+                return {name: client.measure(*asked, frames) for name, asked in requests.items()}
         finally:
             function.kill()
             function.join()

@@ -15,7 +15,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.references import LoopFrame, LoopObject, PerObjectLoop
-from model_loader import build_predictor, find_files, pick_device
+from model_loader import load_predictor
 from settings import Settings
 
 
@@ -25,9 +25,8 @@ class ReferenceFunction:
     spec = cvataa.TrackingFunctionSpec(supported_shape_types=["mask"])
 
     def __init__(self) -> None:
-        settings = Settings.from_env(os.environ)
-        model, _ = build_predictor(*find_files(settings), settings.image_size)
-        self._loop = PerObjectLoop(model.to(pick_device(settings.device)).eval())
+        model, _ = load_predictor(Settings.from_env(os.environ))
+        self._loop = PerObjectLoop(model)
 
     def preprocess_image(
         self,

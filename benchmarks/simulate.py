@@ -505,7 +505,9 @@ def sizes_table(service: dict[str, Any], routings: Sequence[str], largest: int) 
             cells = [
                 _both(one, two, "frames_s_track"),
                 _both(one, two, "utilisation", share=True),
-                f"{two.p50_s:.2g} s, {two.p99_s:.2g} s" if two else f"mean {one.answer_s:.2g} s",
+                f"{_short(two.p50_s)} s, {_short(two.p99_s)} s"
+                if two
+                else f"mean {_short(one.answer_s)} s",
                 _both(one, two, "warm_share", share=True),
                 _both(one, two, "read_gbit"),
                 _both(one, two, "written_gbit"),

@@ -23,7 +23,7 @@ from PIL import Image
 
 from model_handler import FrameFeatures, ModelHandler, ObjectOutput
 from protocol import Continue, Start
-from shapes import Box, Mask, Shape, ShapeType
+from shapes import Box, Mask, Shape, ShapeType, SizeHW
 from state_store import RedisStateStore
 from tests.conftest import RedisServer
 from track_state import TrackState
@@ -51,7 +51,9 @@ class NoNetwork:
         self._mask: Mask = np.zeros(SIZE_HW, dtype=np.bool_)
         self._mask[40:100, 220:270] = True
 
-    def encode_frame(self, _key: str, _image: Callable[[], Image.Image]) -> FrameFeatures:
+    def encode_frame(
+        self, _key: str, _size_hw: SizeHW, _pixels: Callable[[], torch.Tensor]
+    ) -> FrameFeatures:
         """Return nothing to see."""
         return FrameFeatures(SIZE_HW, (), torch.empty(0))
 

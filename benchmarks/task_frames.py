@@ -1,13 +1,14 @@
-"""Seconds per frame of `track_task.py` beside one call per frame with a PNG image.
+"""Time per frame of `track_task.py` beside one call per frame with a PNG image.
 
-    SAM2_MODEL_ID=micro python -m benchmarks.task_frames --frames 60
+    python -m benchmarks.task_frames --model-id micro --device cpu
 
 Both follow the same polygon through the same clip on a stand-in for CVAT's server, in turn, with
 the same engine: once one that answers at once (model excluded), once SAM 2 (model included). One
 call per frame is what CVAT does when it tracks through a function: the server makes a PNG of the
 frame, and base64 in JSON takes it to the function, which decodes it. Left out there, though CVAT
 does it too: finding the frame inside its chunk, the browser, writing the result. So the real gap is
-wider. `track_task.py` is measured whole, with reading the task, decoding and writing.
+wider. `track_task.py` is measured whole, with reading the task, decoding and writing; the ratio is
+its time divided by that of the calls.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ import argparse
 import base64
 import json
 import os
-import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,13 +24,15 @@ from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from unittest import mock
 
 import cv2
 import httpx
 import numpy as np
-import torch
 from PIL import Image
 
+from benchmarks.harness import add_common_options, model_environment, report, result
+from benchmarks.turns import median
 from clip_reader import open_clip
 from cvat_task.connection import CvatConnection
 from cvat_task.job_writer import Journal
@@ -46,6 +47,7 @@ from tracker import TrackedObject
 
 JOB = 6
 CHUNK_FRAMES = 36  # what CVAT chooses for 720p
+COLUMNS = ["model", "ours_ms", "calls_ms", "ours_over_calls"]
 
 
 class NoModel:
@@ -165,50 +167,50 @@ def frame_by_frame(server: CvatServer, engine: Engine, points: list[float], coun
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print both, their ratio and the machine; the last line is all of it as JSON."""
+    """Measure, print, and write what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
+    add_common_options(parser)
     parser.add_argument("--frames", type=int, default=72)
     parser.add_argument("--size", type=int, nargs=2, default=(720, 1280), metavar=("H", "W"))
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
-    os.environ["CVAT_ACCESS_TOKEN"] = TOKEN
     size_hw = tuple(options.size)
     points = polygon(size_hw)
     frames, chunks = make_clip(options.frames, size_hw)
     task = Task(frames, chunk_size=CHUNK_FRAMES, job_ids=[JOB])
-    engines: dict[str, Callable[[], Engine]] = {
-        "model excluded": NoModel,
-        "model included": lambda: open_engine(None, os.environ),
-    }
-    height, width = size_hw
-    report: dict[str, object] = {
-        "frames": options.frames,
-        "size": f"{width} x {height}",
-        "model": os.environ.get("SAM2_MODEL_ID", "the default"),
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores, torch {torch.__version__}"
-        f"{', ' + torch.cuda.get_device_name() if torch.cuda.is_available() else ''}",
-    }
-    with CvatServer(task) as server:
+    rows = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, CVAT_ACCESS_TOKEN=TOKEN),
+        CvatServer(task) as server,
+    ):
+        environment = model_environment(options, Path(folder))
+        engines: dict[str, Callable[[], Engine]] = {
+            "excluded": NoModel,
+            "included": lambda: open_engine(None, environment),
+        }
         server.chunks |= {(JOB, index): chunk for index, chunk in enumerate(chunks)}
         for name, make in engines.items():
-            times: dict[str, list[float]] = {"chunk": [], "frame": []}
+            all_ms: dict[str, list[float]] = {"ours": [], "calls": []}
             with closing(make()) as engine:
                 by_the_chunk(server, engine, points)  # caches are warm
                 for _ in range(options.rounds):
-                    times["chunk"].append(by_the_chunk(server, engine, points))
-                    times["frame"].append(frame_by_frame(server, engine, points, options.frames))
-            chunk, frame = (statistics.median(each) / options.frames for each in times.values())
-            print(
-                f"{name}: {chunk:.4f} s/frame by the chunk, {frame:.4f} frame by frame, "
-                f"{frame / chunk:.1f} times as long"
-            )
-            report[name] = {
-                "track_task_s_per_frame": round(chunk, 4),
-                "call_per_frame_s_per_frame": round(frame, 4),
-                "ratio": round(frame / chunk, 2),
-            }
-    print(f"machine: {report['machine']}")
-    print(json.dumps(report))
+                    seconds = (
+                        by_the_chunk(server, engine, points),
+                        frame_by_frame(server, engine, points, options.frames),
+                    )
+                    for times, whole in zip(all_ms.values(), seconds, strict=True):
+                        times.append(round(whole * 1000 / options.frames, 2))
+            ours_ms, calls_ms = (median(times) for times in all_ms.values())
+            rows.append({
+                "model": name,
+                "ours_ms": ours_ms,
+                "calls_ms": calls_ms,
+                "ours_over_calls": round(ours_ms / calls_ms, 4),
+                "all_ms": all_ms,
+            })  # fmt: skip
+        found = result("task_frames", options, environment, rows)
+    report(found, options, COLUMNS)
 
 
 if __name__ == "__main__":

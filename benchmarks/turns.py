@@ -11,8 +11,7 @@ from tqdm import tqdm
 
 from benchmarks.clip import FIRST_NEW_FRAME, Clip
 
-# Stages of a request in which the network computes, by their names in the function's log. The
-# first takes in the frame's way to the network's input; `overhead` measures that as well.
+# Stages of a request in which the network computes, by their names in the function's log.
 NETWORK = ("encode", "model")
 
 

@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks import frames, gpu, input_sizes, objects, profile_request, replicas, sizes
+from benchmarks import (
+    frames,
+    gpu,
+    input_sizes,
+    interactor_clicks,
+    objects,
+    overhead,
+    profile_request,
+    replicas,
+    sizes,
+    task_frames,
+)
 
 MICRO = ["--model-id", "micro", "--device", "cpu", "--image-size", "256"]
 SMALL = ["--size", "90", "160"]
@@ -99,9 +110,20 @@ def test_a_gpus_script_runs_without_one(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "gpu.json").read_text())
 
     assert [one["mean_iou"] for one in found["correctness"]] == [1]
-    assert [row["objects"] for row in found["rows"]] == [1, 2]
-    for row in found["rows"]:
+    (measured,) = found["results"]
+    rows, options = measured["rows"], measured["options"]
+    assert measured["model"]["name"] == "micro"
+    assert [row["objects"] for row in rows] == options["objects"] == [1, 2]
+    assert [options[name] for name in ("frames", "size", "clips", "random")] == [
+        2, [180, 320], 1, False
+    ]  # fmt: skip
+    for row in rows:
         assert row["ours_fps"] == pytest.approx(1000 / row["ours_ms"], rel=0.01)
+    ratio = rows[0]["ours_over_predictor"]
+    assert found["reached"] == {
+        "iou": {"value": 1, "bar": 0.99, "met": True},
+        "one_over_predictor": {"value": ratio, "bar": 1.25, "met": ratio <= 1.25},
+    }
     assert (tmp_path / "micro.png").exists()
 
 
@@ -117,3 +139,41 @@ def test_a_request_is_profiled(tmp_path: Path) -> None:
     assert {"decode", "encode", "model", "store"} <= set(row["stages_ms"])
     assert "aten::" in row["operators"][0]["name"]
     assert "Self CPU" in out.read_text()
+
+
+def test_every_part_of_a_request_takes_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is timed by its name is still called under that name, and what is left is not less."""
+    monkeypatch.setattr(overhead, "WARM_UP", 0)
+    path = tmp_path / "found.json"
+    overhead.main(["--objects", "1", "--frames", "1", "--json", str(path)])
+    one_mask = json.loads(path.read_text())["medians"]["JPEG, mask x 1"]
+
+    assert set(overhead.PARTS) < set(one_mask)
+    assert [name for name, value in one_mask.items() if value <= 0] == []
+
+
+def test_a_tasks_frames_are_timed_both_ways(tmp_path: Path) -> None:
+    """There is a row without the model and one with it, and ours is divided by the calls'."""
+    path = tmp_path / "found.json"
+    task_frames.main([*MICRO, "--json", str(path), "--frames", "3", "--rounds", "1", *SMALL])
+    rows = json.loads(path.read_text())["rows"]
+
+    assert [row["model"] for row in rows] == ["excluded", "included"]
+    for row in rows:
+        assert row["ours_over_calls"] == pytest.approx(row["ours_ms"] / row["calls_ms"], rel=0.01)
+
+
+def test_further_clicks_are_timed_apart(tmp_path: Path) -> None:
+    """A frame's first click is compared with all further ones, and the bar is part of it."""
+    path = tmp_path / "found.json"
+    interactor_clicks.main([*MICRO, "--json", str(path), "--frames", "1"])
+    found = json.loads(path.read_text())
+    (row,) = found["rows"]
+    reached = found["reached"]["further_over_first"]
+
+    assert len(row["all_ms"][0]) == interactor_clicks.CLICKS
+    assert min(row["first_ms"], row["further_ms"]) > 0
+    assert reached["value"] == pytest.approx(row["further_ms"] / row["first_ms"], rel=0.01)
+    assert reached["met"] == (reached["value"] <= reached["bar"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -78,8 +77,8 @@ class Track:
 
 def features_of(model: ModelHandler, index: int) -> FrameFeatures:
     """Encode one frame of the test clip."""
-    data = jpeg_frames(FRAMES)[index]
-    return model.encode_frame(str(index), lambda: Image.open(io.BytesIO(data)).convert("RGB"))
+    image = Image.open(io.BytesIO(jpeg_frames(FRAMES)[index])).convert("RGB")
+    return model.encode_frame(str(index), SIZE_HW, lambda: model.pixels(image))
 
 
 def test_a_batch_computes_what_one_at_a_time_computes(
@@ -170,10 +169,10 @@ def test_a_known_frame_is_not_encoded_again(load: Callable[[int], ModelHandler])
     model = load(1)
     features = features_of(model, 0)
 
-    def unwanted() -> Image.Image:
+    def unwanted() -> torch.Tensor:
         raise AssertionError("decoded again")
 
-    assert model.encode_frame("0", unwanted) is features
+    assert model.encode_frame("0", SIZE_HW, unwanted) is features
 
 
 def test_small_holes_become_foreground() -> None:
@@ -221,22 +220,13 @@ def test_pixels_enter_the_network_as_in_sam2(load: Callable[[int], ModelHandler]
     """Every shade of every colour, to the bit and in the same order in memory."""
     model = load(1)
     noise = np.random.default_rng(0).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    encode = model._model.forward_image
-    seen = []
-
-    def listen(pixels: torch.Tensor) -> Any:
-        seen.append(pixels)
-        return encode(pixels)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model._model, "forward_image", listen)
-        model._encode(Image.fromarray(noise))
+    seen = model.pixels(Image.fromarray(noise))
     expected = torch.from_numpy(noise / 255.0).permute(2, 0, 1).float()
     expected -= torch.tensor(IMAGE_MEAN)[:, None, None]
     expected /= torch.tensor(IMAGE_STD)[:, None, None]
 
-    assert torch.equal(seen[0][0], expected)
-    assert seen[0][0].stride() == expected.stride()
+    assert torch.equal(seen, expected)
+    assert seen.stride() == expected.stride()
 
 
 def test_cuda_on_a_machine_without_is_refused_with_what_to_do() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +21,10 @@ from model_handler import FrameFeatures, ModelHandler, ObjectOutput
 from model_loader import load_model
 from rearranged import RearrangedMemoryAttention, _InStrips, _RunningSoftmax, rearrange
 from settings import Settings
-from shapes import ShapeType
+from shapes import ShapeType, mask_to_box
 from tests.clips import SIZE_HW, blob_mask, block_mask, jpeg_frames
 from tests.conftest import CONFIG, IMAGE_SIZE
+from tests.random_weights import write_checkpoint
 from track_state import PastFrame, TrackState
 from training.function_client import FunctionClient
 from training.held_out import choose_held_out
@@ -30,11 +33,11 @@ from training.metrics import region_iou
 FRAMES = 18  # more than SAM 2 remembers
 
 
-def load(checkpoint: Path, *, bit_exact: bool) -> ModelHandler:
-    """Load the test model, whose weights react to the smallest inexactness."""
+def load(checkpoint: Path, *, bit_exact: bool, config: str = CONFIG) -> ModelHandler:
+    """Load a test model, whose weights react to the smallest inexactness."""
     return load_model(
         Settings(
-            config=CONFIG,
+            config=config,
             checkpoint=str(checkpoint),
             image_size=IMAGE_SIZE,
             device="cpu",
@@ -55,10 +58,24 @@ def rearranged(checkpoint: Path) -> ModelHandler:
     return load(checkpoint, bit_exact=False)
 
 
+@pytest.fixture(scope="module", params=["t", "s", "b+", "l"])
+def both(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ModelHandler, ModelHandler]:
+    """Each size of SAM 2.1: its own modules, and the same weights in fewer operations."""
+    config = f"configs/sam2.1/sam2.1_hiera_{request.param}.yaml"
+    checkpoint = write_checkpoint(config, tmp_path_factory.mktemp("weights") / "weights.pt")
+    own = load(checkpoint, bit_exact=True, config=config)
+    checkpoint.unlink()  # up to 0.9 GB, which pytest would keep
+    rearranged = copy.deepcopy(own)
+    rearrange(rearranged._model)
+    return own, rearranged
+
+
 def features_of(model: ModelHandler, index: int) -> FrameFeatures:
     """Encode one frame of the test clip."""
-    data = jpeg_frames(FRAMES)[index]
-    return model.encode_frame(str(index), lambda: Image.open(io.BytesIO(data)).convert("RGB"))
+    image = Image.open(io.BytesIO(jpeg_frames(FRAMES)[index])).convert("RGB")
+    return model.encode_frame(str(index), SIZE_HW, lambda: model.pixels(image))
 
 
 def states_along_the_clip(
@@ -84,6 +101,22 @@ def assert_close(one: ObjectOutput, other: ObjectOutput) -> None:
     assert abs(one.object_score - other.object_score) < 1e-4
 
 
+def assert_steps_alike(
+    exact: ModelHandler,
+    rearranged: ModelHandler,
+    state: TrackState,
+    memories: dict[str, torch.Tensor],
+) -> ObjectOutput:
+    """Compare what two models say of the frame after a state's; return the answer."""
+    one, other = (
+        model.step(features_of(model, state.newest.step + 1), [state], memories)[0]
+        for model in (exact, rearranged)
+    )
+    assert one.low_res_logits.std() > 0.1  # something to tell apart
+    assert_close(one, other)
+    return one
+
+
 def test_the_default_is_rearranged(exact: ModelHandler, rearranged: ModelHandler) -> None:
     """And `SAM2_BIT_EXACT` leaves SAM 2 alone."""
     settings = Settings.from_env({})
@@ -95,25 +128,59 @@ def test_the_default_is_rearranged(exact: ModelHandler, rearranged: ModelHandler
     assert exact.fingerprint == rearranged.fingerprint  # their states are the same
 
 
-def test_frames_are_encoded_alike(exact: ModelHandler, rearranged: ModelHandler) -> None:
-    """All levels and the position encoding."""
-    one, other = features_of(exact, 0), features_of(rearranged, 0)
+def test_frames_are_encoded_alike(
+    both: tuple[ModelHandler, ModelHandler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All levels and the position encoding, also in strips, which small frames have none of."""
+    monkeypatch.setattr("rearranged._STRIP_TOKENS", 16)
+    both[1]._features.clear()  # of frames that were encoded whole
+    one, other = (features_of(model, 0) for model in both)
 
     assert torch.equal(one.position_encoding, other.position_encoding)
     for own, theirs in zip(one.feature_maps, other.feature_maps, strict=True):
+        assert own.std() > 0.01  # something to tell apart
         assert torch.allclose(own, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_starts_and_the_step_after_are_alike(both: tuple[ModelHandler, ModelHandler]) -> None:
+    """From a box and from a mask, down to the memory, which is rounded to bfloat16."""
+    exact, rearranged = both
+    box = mask_to_box(blob_mask())
+    assert box is not None
+    starts = (
+        (
+            model.start_from_box(features_of(model, 0), box),
+            model.start_from_mask(features_of(model, 0), model.mask_prompt(blob_mask())),
+        )
+        for model in both
+    )
+    for one, other in zip(*starts, strict=True):
+        assert one.low_res_logits.std() > 0.1
+        assert_close(one, other)
+        assert torch.allclose(one.memory, other.memory, rtol=2**-6, atol=1e-3)
+        state = TrackState("", SIZE_HW, ShapeType.MASK, None, (PastFrame("0", 0, one.obj_ptr),))
+        assert_steps_alike(exact, rearranged, state, {"0": one.memory})
 
 
 def test_steps_from_equal_states_are_alike(exact: ModelHandler, rearranged: ModelHandler) -> None:
     """With one memory, with some, and with a full memory bank and all object pointers."""
     states, memories = states_along_the_clip(exact)
     for index in (1, 3, 9, FRAMES - 1):
-        state = [states[index - 1]]
-        (one,) = exact.step(features_of(exact, index), state, memories)
-        (other,) = rearranged.step(features_of(rearranged, index), state, memories)
+        assert_steps_alike(exact, rearranged, states[index - 1], memories)
 
-        assert one.low_res_logits.std() > 0.1  # something to tell apart
-        assert_close(one, other)
+
+def test_a_second_conditioning_frame_is_attended_to(
+    exact: ModelHandler, rearranged: ModelHandler
+) -> None:
+    """More frame memories than a bank holds without it."""
+    states, memories = states_along_the_clip(exact)
+    state = states[9]
+    second = replace(state, conditioning=(*state.conditioning, state.past[0]), past=state.past[1:])
+    assert len(second.memory_ids) == len(state.memory_ids) + 1
+
+    without = assert_steps_alike(exact, rearranged, state, memories)
+    found = assert_steps_alike(exact, rearranged, second, memories)
+    assert not torch.allclose(without.low_res_logits, found.low_res_logits, atol=0.01)
 
 
 def test_what_objects_of_a_frame_share_is_of_that_frame(
@@ -206,6 +273,7 @@ def test_a_softmax_in_parts_is_the_softmax() -> None:
         {"memory_attention.layer.cross_attention.num_heads": 2},
         {"memory_attention.pos_enc_at_input": False},
         {"use_obj_ptrs_in_encoder": False, "fixed_no_obj_ptr": False},
+        {"directly_add_no_mem_embed": False},
     ],
 )
 def test_other_attention_than_sam2s_stays(options: dict[str, object]) -> None:
