@@ -36,11 +36,7 @@ def rearrange(model: SAM2Base) -> None:
         model: On a CPU, in evaluation mode, with its weights.
     """
     with torch.inference_mode():
-        if (
-            model.use_obj_ptrs_in_encoder
-            and model.directly_add_no_mem_embed
-            and _is_as_in_sam2(model.memory_attention)
-        ):
+        if model.use_obj_ptrs_in_encoder and _is_as_in_sam2(model.memory_attention):
             side = model.sam_image_embedding_size
             model.memory_attention = RearrangedMemoryAttention(model.memory_attention, side)
         neck = model.image_encoder.neck

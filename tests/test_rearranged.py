@@ -273,7 +273,6 @@ def test_a_softmax_in_parts_is_the_softmax() -> None:
         {"memory_attention.layer.cross_attention.num_heads": 2},
         {"memory_attention.pos_enc_at_input": False},
         {"use_obj_ptrs_in_encoder": False, "fixed_no_obj_ptr": False},
-        {"directly_add_no_mem_embed": False},
     ],
 )
 def test_other_attention_than_sam2s_stays(options: dict[str, object]) -> None:
