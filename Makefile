@@ -3,7 +3,7 @@
 #   make test    lint, types and all tests (brings a Redis server if the machine has none)
 #   make fidelity CLIP=folder/of/jpegs   compare with SAM 2's own predictor at full sizes (an hour)
 #   make soak    faults, hostile input and load at length (half an hour); prints docs/reliability.md's tables
-#   make benchmarks   time per frame by objects, frames, sizes and replicas, beside SAM 2's own (an hour)
+#   make benchmarks   time per frame by objects, frames, sizes and replicas, beside SAM 2's own (an hour and a half)
 #   make setup   only make .venv (TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU wheels)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

@@ -4,7 +4,7 @@
 
 One object is followed over many frames through HTTP and Redis. Around a late frame a second, young
 track is followed in turn with it: both times are from the same moments. The function keeps few
-frame memories and features, and tracks for a minute, so that what may grow has soon done so.
+frame memories and features, and tracks for 20 seconds, so that what may grow has soon done so.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from state_token import StateToken
 
 PICTURES = 40  # frames of the clip, which runs forth and back
 CACHED_MEMORIES = 16
-LIFE_S = 60  # of a track that nobody uses
+LIFE_S = 20  # of a track that nobody uses
 STEPS_BEFORE_ABANDONED = 3
 MB = 1_000_000
 COLUMNS = ["frame", "ours_ms", "redis_bytes", "redis_keys", "process_bytes"]
