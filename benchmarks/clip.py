@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,11 @@ def draw_discs(
                 masks.append(disc.astype(np.bool_))
         frames.append(frame)
     return frames, masks
+
+
+def clients_own(frames: Sequence[bytes], client: int) -> list[bytes]:
+    """Return a client's own JPEGs: features are kept by content, and a byte more is another."""
+    return [frame + bytes([client]) for frame in frames]
 
 
 def make_clip(folder: Path, count: int, objects: int, size_hw: SizeHW) -> Clip:

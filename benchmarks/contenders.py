@@ -244,12 +244,15 @@ def open_contenders(
         stack: Closes them.
         compiled: Let SAM 2's predictor compile itself, as its makers recommend for speed.
     """
-    load = functools.partial(load_predictor, Settings.from_env(environment))
+
+    def load() -> SAM2VideoPredictor:
+        return load_predictor(Settings.from_env(environment))[0]
+
     shared = functools.cache(load)
     makers: dict[str, Callable[[], Contender]] = {
         "ours": lambda: Function(environment, server, folder),
-        "predictor": lambda: Predictor(compile_predictor(load()[0]) if compiled else shared()[0]),
-        "loop": lambda: Loop(shared()[0], server),
+        "predictor": lambda: Predictor(compile_predictor(load()) if compiled else shared()),
+        "loop": lambda: Loop(shared(), server),
     }
     return {name: stack.enter_context(closing(makers[name]())) for name in names}
 

@@ -31,6 +31,7 @@ from benchmarks.contenders import open_contenders
 from benchmarks.harness import (
     Panel,
     Row,
+    against_bar,
     describe,
     describe_machine,
     draw,
@@ -192,11 +193,7 @@ def judge(found: Row) -> dict[str, Row]:
         values["sixteen_over_one"] = round(many["ours_ms"] / one["ours_ms"], 4)
         values["sixteen_over_loop"] = many["ours_over_loop"]
     return {
-        name: {
-            "value": value,
-            "bar": BARS[name],
-            "met": value >= BARS[name] if name == "iou" else value <= BARS[name],
-        }
+        name: against_bar(value, BARS[name], at_least=name == "iou")
         for name, value in values.items()
     }
 

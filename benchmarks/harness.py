@@ -126,6 +126,11 @@ def result(
     }
 
 
+def against_bar(value: float, bar: float, *, at_least: bool = False) -> Row:
+    """Return a value beside its bar, and whether it is met; the bar is the most, or the least."""
+    return {"value": value, "bar": bar, "met": value >= bar if at_least else value <= bar}
+
+
 def machine(device: str = "auto") -> dict[str, Any]:
     """Return what times depend on beside the program.
 

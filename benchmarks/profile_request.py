@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from benchmarks.harness import (
     set_up,
     table,
 )
-from benchmarks.turns import median
+from benchmarks.turns import median, median_stages
 from shapes import encode_cvat_rle
 from tests.clips import base64_text
 from tests.conftest import Function
@@ -72,7 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ]
             for setting, worker in workers.items():
                 times = [step[setting] for step in steps]
-                row = {"objects": objects, "bit_exact": setting, **timing(times)}
+                row: Row = {
+                    "objects": objects,
+                    "bit_exact": setting,
+                    "ms": median(sum(spent.values()) for spent in times),
+                    "stages_ms": median_stages(times),
+                }
                 operators, whole = worker.profile()
                 profiles.append(f"{heading(row)}\n{whole}")
                 rows.append(row | {"operators": operators})
@@ -85,14 +90,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text("\n\n".join([describe(found), *profiles]) + "\n")
-
-
-def timing(times: Sequence[Mapping[str, float]]) -> Row:
-    """Return the medians of some requests' times and of their stages, in milliseconds."""
-    return {
-        "ms": median(sum(spent.values()) for spent in times),
-        "stages_ms": {name: median(spent[name] for spent in times) for name in times[0]},
-    }
 
 
 def heading(row: Row) -> str:

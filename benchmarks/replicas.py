@@ -22,7 +22,7 @@ from statistics import fmean
 
 from tqdm import tqdm
 
-from benchmarks.clip import FIRST_NEW_FRAME, Clip, make_clip
+from benchmarks.clip import FIRST_NEW_FRAME, Clip, clients_own, make_clip
 from benchmarks.contenders import Function
 from benchmarks.harness import (
     Panel,
@@ -120,8 +120,7 @@ def follow(
     together: threading.Barrier,
 ) -> list[float]:
     """Start one object, wait for the other clients, and follow it until the time is over."""
-    # Features are kept by content: a byte behind a JPEG's end makes it a client's own.
-    frames = [frame + bytes([number]) for frame in clip.frames[FIRST_NEW_FRAME:]]
+    frames = clients_own(clip.frames[FIRST_NEW_FRAME:], number)
     function = functions[number % len(functions)]
     states = function.begin(clip.frames[0], [clip.masks[number]])
     spent = []

@@ -23,6 +23,7 @@ from statistics import fmean, median, stdev
 
 import redis
 
+from benchmarks.clip import clients_own
 from benchmarks.simulate import Case, Figures, predict, simulate, table
 from shapes import encode_cvat_rle
 from tests.clips import base64_text, blob_mask, jpeg_frames
@@ -56,8 +57,7 @@ def drive(
 
     def follow(number: int) -> None:
         rng = random.Random(number)  # noqa: S311
-        # Features are kept by content: a byte behind a JPEG's end makes it a client's own.
-        images = [base64_text(frame + bytes([number])) for frame in frames]
+        images = [base64_text(frame) for frame in clients_own(frames, number)]
         while True:
             states: list[str] = []
             for image in images:

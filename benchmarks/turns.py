@@ -89,9 +89,14 @@ def compare(steps: Mapping[str, Sequence[Step]]) -> dict[str, Any]:
         for step, spent in zip(ours, times, strict=True)
     )
     row["not_network_share"] = round(row["not_network_ms"] / row["ours_ms"], 4)
-    row["stages_ms"] = {name: median(spent[name] for spent in times) for name in times[0]}
+    row["stages_ms"] = median_stages(times)
     row["all_ms"] = {who: [round(step.ms, 2) for step in taken] for who, taken in steps.items()}
     return row
+
+
+def median_stages(times: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the median of each stage of some requests, as their reports name them."""
+    return {name: median(spent[name] for spent in times) for name in times[0]}
 
 
 def median(values: Iterable[float]) -> float:

@@ -204,15 +204,15 @@ def test_request_logs_one_line_with_what_it_did(function: Function, log: io.Stri
     states = function.track(IMAGE, [MASK], [])["states"]
     log.truncate(0)
     log.seek(0)
-    function.track(FRAMES[1], [None, MASK], states)
+    unseen = base64_text(jpeg_frames(2, seed=1)[1])  # a frame still at hand would not be resized
+    function.track(unseen, [None, MASK], states)
     (line,) = log.getvalue().splitlines()
     fields = ast.literal_eval(line.partition("tracked: ")[2])
 
     assert (fields["started"], fields["continued"]) == (1, 1)
     assert fields["lost"] in {0, 1}
     assert fields["bytes_written"] > 2 * 64 * 8 * 8 * 2  # two frame memories
-    stages = {"decode", "resize", "encode", "model", "store", "shapes"}
-    assert {*fields["times_ms"], "resize"} == stages  # a frame that is still at hand is not resized
+    assert set(fields["times_ms"]) == {"decode", "resize", "encode", "model", "store", "shapes"}
     assert all(value >= 0 for value in fields["times_ms"].values())
     assert "blob" not in line
     assert IMAGE[:40] not in line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -220,13 +221,22 @@ def test_pixels_enter_the_network_as_in_sam2(load: Callable[[int], ModelHandler]
     """Every shade of every colour, to the bit and in the same order in memory."""
     model = load(1)
     noise = np.random.default_rng(0).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    seen = model.pixels(Image.fromarray(noise))
+    encode = model._model.forward_image
+    seen = []
+
+    def listen(pixels: torch.Tensor) -> Any:
+        seen.append(pixels)
+        return encode(pixels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model._model, "forward_image", listen)
+        model.encode_frame("", noise.shape[:2], lambda: model.pixels(Image.fromarray(noise)))
     expected = torch.from_numpy(noise / 255.0).permute(2, 0, 1).float()
     expected -= torch.tensor(IMAGE_MEAN)[:, None, None]
     expected /= torch.tensor(IMAGE_STD)[:, None, None]
 
-    assert torch.equal(seen, expected)
-    assert seen.stride() == expected.stride()
+    assert torch.equal(seen[0][0], expected)
+    assert seen[0][0].stride() == expected.stride()
 
 
 def test_cuda_on_a_machine_without_is_refused_with_what_to_do() -> None:
