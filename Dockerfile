@@ -26,12 +26,13 @@ RUN SAM2_BUILD_CUDA=0 pip install --no-build-isolation \
 
 # The model whose weights are baked in; `micro` bakes none, its weights lie in weights/.
 ARG SAM2_MODEL_ID=facebook/sam2.1-hiera-tiny
-COPY download_weights.py /opt/requirements/
+COPY deploy/download_weights.py /opt/requirements/
 RUN python /opt/requirements/download_weights.py "$SAM2_MODEL_ID"
 ENV SAM2_MODEL_ID=$SAM2_MODEL_ID \
     HF_HUB_OFFLINE=1
 
 COPY weights/ weights/
+COPY interaction/ interaction/
 COPY *.py ./
 # a checkout made under a strict umask is unreadable to anyone but root
 RUN chmod -R a+rX /opt/nuclio

@@ -48,13 +48,13 @@ unit: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest
 
 demo: setup
-	$(PY) -m demo
+	$(PY) -m micro_training.demo
 
 fidelity: setup
 	$(PY) -m tests.fidelity_full $(CLIP)
 
 soak: setup
-	$(PY) -m tests.soak $(SOAK)
+	$(PY) -m tests.faults.soak $(SOAK)
 
 # Time does not depend on the weights, so random ones do where no hub is in reach. With one:
 #   make benchmarks TINY="--model-id facebook/sam2.1-hiera-tiny"

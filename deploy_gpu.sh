@@ -4,7 +4,7 @@
 set -euo pipefail
 
 script_folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=deploy_lib.sh
-source "$script_folder/deploy_lib.sh"
+# shellcheck source=deploy/deploy_lib.sh
+source "$script_folder/deploy/deploy_lib.sh"
 
 deploy GPU function-gpu.yaml "$script_folder" "$@"

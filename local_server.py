@@ -31,7 +31,7 @@ from starlette.routing import Route
 from errors import MethodNotAllowedError, NotFoundError, TooLargeError, TrackerError
 
 # The module that Nuclio would import, by the function's name.
-DOORS = {"tracker": "main", "interactor": "interactor_main"}
+DOORS = {"tracker": "main", "interactor": "interaction.main"}
 
 # Bodies held in memory while one of them is served: they may have 256 MB each. A caller who stops
 # in the middle of one must not keep its place.

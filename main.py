@@ -17,8 +17,9 @@ from nuclio_sdk import Context, Event, Response
 from PIL import Image
 
 from errors import SettingsError, StateStoreUnavailableError
+from images import decode_image, read_image_size
 from nuclio_door import answer, end_when_told, one_line_on_failure, to_json
-from protocol import decode_image, format_tracker_answer, parse_tracker_request, read_image_size
+from protocol import format_tracker_answer, parse_tracker_request
 from settings import Limits, Settings
 from state_store import StateStore, open_store
 from tracker import Frame, Report, Tracker

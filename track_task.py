@@ -22,11 +22,11 @@ import platformdirs
 import urllib3
 from cvat_sdk.core.auth import configure_client_auth_arguments
 
+from clips.tracking_client import open_engine
 from cvat_task.connection import CvatConnection, CvatError
 from cvat_task.job_writer import Journal
 from cvat_task.loop import run
 from cvat_task.plan import BATCH_FRAMES, Request, describe, make_plan
-from engine import open_engine
 from errors import SettingsError, TrackerError
 
 EXIT_INTERRUPTED = 130

@@ -19,13 +19,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from clip_reader import Clip, open_clip
-from coco_tracks import CocoTracksWriter
-from cvat_xml import CvatXmlWriter, Prompt, read_cvat_xml
-from engine import Engine, open_engine
+from clips.coco_tracks import CocoTracksWriter
+from clips.cvat_xml import CvatXmlWriter, Prompt, read_cvat_xml
+from clips.overlays import ContactSheet, OverlayWriter, draw_masks
+from clips.reader import Clip, open_clip
+from clips.tracking_client import Engine, open_engine
 from errors import BadRequestError, SettingsError, TrackerError
-from pictures import ContactSheet, OverlayWriter, draw_masks
-from protocol import Continue, Start
+from object_requests import Continue, Start
 from shapes import Shape, ShapeType, SizeHW, shape_to_mask
 from state_token import StateToken
 from tracker import TrackedObject

@@ -19,7 +19,7 @@ from PIL import Image
 
 from errors import StateGoneError, StateMismatchError, TooLargeError, TrackerError
 from model_handler import FrameFeatures, ModelHandler, ObjectOutput
-from protocol import Continue, Start
+from object_requests import Continue, Start
 from shapes import (
     Box,
     Mask,

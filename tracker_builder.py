@@ -5,7 +5,7 @@ from __future__ import annotations
 from PIL import Image
 
 from model_loader import load_model
-from protocol import Continue, Start
+from object_requests import Continue, Start
 from settings import Settings
 from shapes import Shape, ShapeType
 from state_store import MemoryStateStore, StateStore

@@ -14,10 +14,10 @@ from PIL import Image
 
 from agent.shared_states import refusals
 from agent.worker import MODEL_PARAMETERS, log, make
-from interactor_protocol import parse_prompt
+from images import upright_rgb
+from interaction.protocol import parse_prompt
+from interaction.segmenter import Segmenter, build_segmenter
 from model_loader import load_predictor
-from protocol import upright_rgb
-from segmenter import Segmenter, build_segmenter
 from settings import Settings
 from shapes import ShapeType, encode_cvat_rle
 from tracker import Frame

@@ -23,7 +23,9 @@ from agent.shared_states import (
     refusals,
 )
 from agent.worker import MODEL_PARAMETERS, log, make
-from protocol import Continue, Start, parse_shape, upright_rgb
+from images import upright_rgb
+from object_requests import Continue, Start
+from protocol import parse_shape
 from settings import Settings
 from shapes import Shape, ShapeType
 from state_store import connect, open_store

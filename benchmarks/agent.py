@@ -27,7 +27,7 @@ from benchmarks.clip import draw_discs
 from benchmarks.harness import add_common_options, report, result, set_up
 from benchmarks.turns import median
 from shapes import encode_cvat_rle
-from tests.cvat_agent_stub import TOKEN, CvatStub
+from testbed.cvat_agent_stub import TOKEN, CvatStub
 
 FUNCTIONS = {"ours": "agent/func.py", "loop": "benchmarks/reference_function.py"}
 COLUMNS = ["objects", "ours_ms", "loop_ms", "ours_over_loop"]

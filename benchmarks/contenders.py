@@ -36,8 +36,8 @@ from settings import RedisSettings, Settings
 from shapes import Mask, encode_cvat_rle
 from state_store import RedisStateStore, StepWrite, connect
 from state_token import StateToken, new_id
-from tests.conftest import RedisServer
-from tests.faults import Replica
+from testbed.functions import Replica
+from testbed.redis_server import RedisServer
 from track_state import POINTER_REACH, decode_memory, decode_state, encode_memory, encode_state
 
 TIMEOUT_S = 3600.0  # of one request; dozens of objects at full size take minutes on a CPU

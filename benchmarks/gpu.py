@@ -41,12 +41,12 @@ from benchmarks.harness import (
     table,
     write_json,
 )
-from engine import Engine, LocalEngine
-from protocol import Continue, Start
+from clips.tracking_client import Engine, LocalEngine
+from micro_training.held_out import choose_held_out
+from micro_training.metrics import region_iou
+from object_requests import Continue, Start
 from settings import Settings
 from shapes import Mask, Shape, ShapeType, encode_cvat_rle
-from training.held_out import choose_held_out
-from training.metrics import region_iou
 
 MODELS = ("facebook/sam2.1-hiera-tiny", "facebook/sam2.1-hiera-large")
 SETTLING_FRAMES = 3  # shapes that are seen for the first time are compiled

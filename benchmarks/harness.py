@@ -27,8 +27,8 @@ from omegaconf import OmegaConf
 
 from model_loader import find_files, pick_device
 from settings import Settings
-from tests.conftest import RedisServer
-from tests.random_weights import write_checkpoint
+from testbed.random_weights import write_checkpoint
+from testbed.redis_server import RedisServer
 
 SEED = 0
 Row = dict[str, Any]

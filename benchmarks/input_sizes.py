@@ -34,10 +34,10 @@ from benchmarks.harness import (
     set_up,
 )
 from benchmarks.turns import Contender, compare, take_turns
+from micro_training.function_client import FunctionClient
+from micro_training.held_out import choose_held_out
+from micro_training.measures import ClipResult, measure_clip
 from shapes import ShapeType
-from training.function_client import FunctionClient
-from training.held_out import choose_held_out
-from training.measures import ClipResult, measure_clip
 
 COLUMNS = ["image_size", "ours_ms", "over_largest", "predictor_ms", "ours_over_predictor", "j", "f",
            "objects_followed"]  # fmt: skip

@@ -23,9 +23,9 @@ import cv2
 import numpy as np
 from nuclio_sdk import Context, Event, Logger
 
-import interactor_main as function
 from benchmarks.harness import add_common_options, against_bar, model_environment, report, result
 from benchmarks.turns import median
+from interaction import main as function
 
 FRAME_HW = (720, 1280)
 CLICKS = 8

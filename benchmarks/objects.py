@@ -28,8 +28,8 @@ from benchmarks.harness import (
     set_up,
 )
 from benchmarks.turns import Contender, compare, median, take_turns
+from micro_training.metrics import region_iou
 from shapes import decode_cvat_rle
-from training.metrics import region_iou
 
 COLUMNS = [
     "objects", "ours_ms", "predictor_ms", "loop_ms", "ours_over_predictor", "ours_over_loop",

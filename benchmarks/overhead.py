@@ -49,8 +49,9 @@ from model_loader import load_model
 from settings import Settings
 from shapes import SizeHW, encode_cvat_rle
 from state_store import RedisStateStore
-from tests.conftest import CONFIG, RedisServer, free_port
-from tests.random_weights import write_checkpoint
+from testbed.functions import CONFIG
+from testbed.random_weights import write_checkpoint
+from testbed.redis_server import RedisServer, free_port
 from track_state import POINTER_REACH
 
 SIZE_HW: SizeHW = (1080, 1920)

@@ -35,8 +35,8 @@ from benchmarks.harness import (
 )
 from benchmarks.turns import median, median_stages
 from shapes import encode_cvat_rle
-from tests.clips import base64_text
-from tests.conftest import Function
+from testbed.drawn_frames import base64_text
+from testbed.functions import Function
 
 OPERATORS = 20
 SHOWN = 10

@@ -26,9 +26,9 @@ import redis
 from benchmarks.clip import clients_own
 from benchmarks.simulate import Case, Figures, predict, simulate, table
 from shapes import encode_cvat_rle
-from tests.clips import base64_text, blob_mask, jpeg_frames
-from tests.conftest import RedisServer
-from tests.faults import Replica, micro_environment
+from testbed.drawn_frames import base64_text, blob_mask, jpeg_frames
+from testbed.functions import Replica, micro_environment
+from testbed.redis_server import RedisServer
 
 FRAMES = 40
 

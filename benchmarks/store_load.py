@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 
 from model_handler import FrameFeatures, ModelHandler, ObjectOutput
-from protocol import Continue, Start
+from object_requests import Continue, Start
 from shapes import Box, Mask, Shape, ShapeType, SizeHW
 from state_store import RedisStateStore
-from tests.conftest import RedisServer
+from testbed.redis_server import RedisServer
 from track_state import TrackState
 from tracker import Frame, Report, TrackedObject, Tracker
 

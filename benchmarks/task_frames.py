@@ -33,16 +33,18 @@ from PIL import Image
 
 from benchmarks.harness import add_common_options, model_environment, report, result
 from benchmarks.turns import median
-from clip_reader import open_clip
+from clips.reader import open_clip
+from clips.tracking_client import Engine, open_engine
 from cvat_task.connection import CvatConnection
 from cvat_task.job_writer import Journal
 from cvat_task.loop import run
 from cvat_task.plan import Request, make_plan
-from engine import Engine, open_engine
-from protocol import Continue, Start, decode_image, format_tracker_answer, parse_tracker_request
+from images import decode_image
+from object_requests import Continue, Start
+from protocol import format_tracker_answer, parse_tracker_request
 from settings import Limits
 from state_token import StateToken, new_id
-from tests.cvat_server import TOKEN, CvatServer, Picture, Task, encode_video
+from testbed.cvat_server import TOKEN, CvatServer, Picture, Task, encode_video
 from tracker import TrackedObject
 
 JOB = 6

@@ -16,10 +16,10 @@ from typing import Protocol
 import cv2
 from PIL import Image
 
-from clip_reader import natural_order
+from clips.reader import natural_order
 from cvat_task.connection import Job
 from errors import BadRequestError
-from protocol import decode_image
+from images import decode_image
 from settings import Limits
 
 

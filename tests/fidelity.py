@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from shapes import Mask, decode_cvat_rle, encode_cvat_rle, mask_to_box
-from tests.conftest import Function
+from testbed.functions import Function
 from tests.reference import ReferenceObject
 
 

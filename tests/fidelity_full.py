@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tests.clips import base64_text
-from tests.conftest import Function, RedisServer
+from testbed.drawn_frames import base64_text
+from testbed.functions import Function
+from testbed.random_weights import write_checkpoint
+from testbed.redis_server import RedisServer
 from tests.fidelity import equal_answers, follow
-from tests.random_weights import write_checkpoint
 from tests.reference import Reference, ReferenceObject, write_frames
 
 CONFIGS = ("configs/sam2.1/sam2.1_hiera_t.yaml", "configs/sam2.1/sam2.1_hiera_s.yaml")

@@ -16,7 +16,7 @@ from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-from interactor_protocol import Prompt
+from interaction.protocol import Prompt
 from model_loader import MICRO_FOLDER
 from shapes import Mask
 from tests.reference import hole_filling

@@ -12,10 +12,10 @@ from PIL import Image
 
 import track_task
 from cvat_task import connection
-from protocol import Continue, Start
+from object_requests import Continue, Start
 from shapes import Shape, ShapeType
 from state_token import StateToken, new_id
-from tests.cvat_server import PASSWORD, USER, CvatServer, Picture, Task
+from testbed.cvat_server import PASSWORD, USER, CvatServer, Picture, Task
 from tracker import TrackedObject
 
 SIZE_HW = (60, 80)

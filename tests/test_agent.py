@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 
 from shapes import encode_cvat_rle
-from tests.clips import base64_text, blob_mask, block_mask, jpeg_frames
-from tests.conftest import Function, RedisServer
-from tests.cvat_agent_stub import TOKEN, CvatStub, RequestFailedError
+from testbed.cvat_agent_stub import TOKEN, CvatStub, RequestFailedError
+from testbed.drawn_frames import base64_text, blob_mask, block_mask, jpeg_frames
+from testbed.functions import Function
+from testbed.redis_server import RedisServer
 
 REPOSITORY = Path(__file__).parent.parent
 FUNCTION_FILE = ["--function-file", str(REPOSITORY / "agent" / "func.py")]

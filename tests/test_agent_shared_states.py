@@ -15,7 +15,7 @@ from agent import shared_states
 from agent.shared_states import KNOWN_VERSIONS, Followed, SharedStates, cvat_cli_is_known
 from errors import StateStoreUnavailableError
 from state_token import StateToken, new_id
-from tests.conftest import RedisServer
+from testbed.redis_server import RedisServer
 
 REPOSITORY = Path(__file__).parent.parent
 DIMS = (320, 180)

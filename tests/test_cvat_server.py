@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import numpy as np
 
-from tests.cvat_server import TOKEN, CvatServer, Task
+from testbed.cvat_server import TOKEN, CvatServer, Task
 
-RECORDED = Path(__file__).with_name("cvat_recorded.json")
+RECORDED = Path(__file__).parent.parent / "testbed" / "cvat_recorded.json"
 
 
 def test_it_answers_what_was_recorded_from_cvat() -> None:

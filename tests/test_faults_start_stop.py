@@ -19,8 +19,9 @@ from starlette.testclient import TestClient
 
 import local_server
 import main
-from tests.conftest import Function, RedisServer
-from tests.faults import FRAMES, ROOT, Stage, micro_environment, prompts, stage_in
+from testbed.functions import ROOT, Function, micro_environment
+from testbed.redis_server import RedisServer
+from tests.faults.machinery import FRAMES, Stage, prompts, stage_in
 
 
 @pytest.fixture(scope="module")

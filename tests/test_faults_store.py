@@ -18,8 +18,9 @@ from errors import StateStoreUnavailableError
 from settings import RedisSettings
 from state_store import RedisStateStore, StepWrite, connect
 from state_token import StateToken
-from tests.conftest import Function, RedisServer
-from tests.faults import FRAMES, ROOT, micro_environment, prompts
+from testbed.functions import ROOT, Function, micro_environment
+from testbed.redis_server import RedisServer
+from tests.faults.machinery import FRAMES, prompts
 
 SECURITY = ROOT / "docs" / "security.md"
 

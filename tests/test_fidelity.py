@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from shapes import Mask
-from tests.clips import SIZE_HW, base64_text, blob_mask, block_mask, jpeg_frames
-from tests.conftest import CONFIG, IMAGE_SIZE, Function, RedisServer
+from testbed.drawn_frames import SIZE_HW, base64_text, blob_mask, block_mask, jpeg_frames
+from testbed.functions import CONFIG, IMAGE_SIZE, Function
+from testbed.random_weights import write_checkpoint
+from testbed.redis_server import RedisServer
 from tests.fidelity import equal_answers, follow
-from tests.random_weights import write_checkpoint
 from tests.reference import Reference, ReferenceObject, write_frames
 
 FRAMES = 18  # more than SAM 2 remembers, and enough that their number has no effect

@@ -263,7 +263,7 @@ def test_cvat_reads_an_interactor_that_takes_a_box_or_points(path: Path) -> None
 def test_handler_is_there(path: Path) -> None:
     """Nuclio imports the module and calls both of its functions."""
     module, _, handler = read(path)["spec"]["handler"].partition(":")
-    source = (REPOSITORY / f"{module}.py").read_text()
+    source = (REPOSITORY / f"{module.replace('.', '/')}.py").read_text()
 
     assert f"def {handler}(context" in source
     assert "def init_context(context" in source
@@ -423,7 +423,12 @@ def test_dockerfile_keeps_to_the_rules_of_hadolint_that_apply_to_it() -> None:
 def test_layers_change_from_seldom_to_often() -> None:
     """A change of code must not install PyTorch or fetch the weights again."""
     text = DOCKERFILE.read_text()
-    order = ["requirements-torch.txt requirements.txt", "download_weights.py", "weights/", "*.py"]
+    order = [
+        "requirements-torch.txt requirements.txt",
+        "deploy/download_weights.py",
+        "weights/",
+        "*.py",
+    ]
 
     places = [text.index(f"COPY {sources}") for sources in order]
 

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from nuclio_sdk.logger import HumanReadableFormatter
 from PIL import Image
 
-from tests.conftest import Function
-from tests.faults import ROOT, micro_environment
-from tests.mutations import BOX, PICTURES, Judge, Spoiler, picture, shapes
+from testbed.functions import ROOT, Function, micro_environment
+from tests.faults.mutations import BOX, PICTURES, Judge, Spoiler, picture, shapes
 
 CASES = 800
 CHECK = settings(deadline=None, max_examples=40, derandomize=True)

@@ -13,9 +13,10 @@ import torch
 
 from shapes import ShapeType
 from state_token import StateToken, new_id
-from tests.conftest import Function, RedisServer
-from tests.faults import FRAMES, micro_environment, prompts
-from tests.mutations import Judge, Spoiler
+from testbed.functions import Function, micro_environment
+from testbed.redis_server import RedisServer
+from tests.faults.machinery import FRAMES, prompts
+from tests.faults.mutations import Judge, Spoiler
 from track_state import PastFrame, TrackState, encode_memory, encode_state
 
 

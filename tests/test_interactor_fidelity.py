@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from interactor_protocol import Point, Prompt, extreme_box
+from interaction.protocol import Point, Prompt, extreme_box
+from micro_training.clips import HELD_OUT_SEEDS, Script, make_clip
 from shapes import Mask, decode_cvat_rle
-from tests.clips import base64_text, jpeg_frames
-from tests.conftest import CONFIG, IMAGE_SIZE, Function
+from testbed.drawn_frames import base64_text, jpeg_frames
+from testbed.functions import CONFIG, IMAGE_SIZE, Function
 from tests.image_reference import ImageReference
 from tests.reference import Reference, ReferenceObject, write_frames
-from training.clips import HELD_OUT_SEEDS, Script, make_clip
 
 AREA = 8  # the default of both settings
 PROMPTS = 200

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from nuclio_sdk.logger import HumanReadableFormatter
 
-import interactor_main
-from tests.clips import SIZE_HW, base64_text, jpeg_frames
-from tests.conftest import Function
+from interaction import main as interactor_main
+from testbed.drawn_frames import SIZE_HW, base64_text, jpeg_frames
+from testbed.functions import Function
 from tests.test_interactor_protocol import BAD
 
 IMAGE = base64_text(jpeg_frames(1)[0])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from errors import BadRequestError, NotAnImageError, TooLargeError
-from interactor_protocol import (
+from interaction.protocol import (
     MAX_POINTS,
     Prompt,
     extreme_box,
@@ -18,7 +18,7 @@ from interactor_protocol import (
 )
 from settings import Limits, MaskForm
 from shapes import decode_cvat_rle
-from tests.clips import SIZE_HW, base64_text, blob_mask, jpeg_frames
+from testbed.drawn_frames import SIZE_HW, base64_text, blob_mask, jpeg_frames
 
 IMAGE = base64_text(jpeg_frames(1)[0])
 LEFT, TOP, RIGHT, BOTTOM = (10.0, 50.0), (30.0, 20.0), (60.0, 45.0), (35.0, 90.0)

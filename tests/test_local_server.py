@@ -17,8 +17,8 @@ import pytest
 
 import local_server
 from shapes import encode_cvat_rle
-from tests.clips import SIZE_HW, base64_text, blob_mask, jpeg_frames
-from tests.conftest import RedisServer, free_port
+from testbed.drawn_frames import SIZE_HW, base64_text, blob_mask, jpeg_frames
+from testbed.redis_server import RedisServer, free_port
 
 FRAMES = [base64_text(data) for data in jpeg_frames(3)]
 MASK = {"type": "mask", "points": encode_cvat_rle(blob_mask())}

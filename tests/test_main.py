@@ -19,8 +19,9 @@ import local_server
 import main
 from shapes import encode_cvat_rle
 from state_token import StateToken, new_id
-from tests.clips import base64_text, blob_mask, jpeg_frames
-from tests.conftest import Function, RedisServer
+from testbed.drawn_frames import base64_text, blob_mask, jpeg_frames
+from testbed.functions import Function
+from testbed.redis_server import RedisServer
 from tests.test_protocol import png_header
 
 FRAMES = [base64_text(data) for data in jpeg_frames(2)]

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from micro_training.clips import Clip
+from micro_training.function_client import FunctionClient
+from micro_training.held_out import HeldOut, choose_held_out
+from micro_training.measures import measure_clip
+from micro_training.metrics import region_iou
 from shapes import ShapeType
-from training.clips import Clip
-from training.function_client import FunctionClient
-from training.held_out import HeldOut, choose_held_out
-from training.measures import measure_clip
-from training.metrics import region_iou
 
 CLIPS = 3
 FRAMES = 11

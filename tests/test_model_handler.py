@@ -24,8 +24,8 @@ from model_handler import (
 from model_loader import compile_network, load_model, pick_device
 from settings import Settings
 from shapes import ShapeType
-from tests.clips import SIZE_HW, blob_mask, block_mask, jpeg_frames
-from tests.conftest import CONFIG, IMAGE_SIZE
+from testbed.drawn_frames import SIZE_HW, blob_mask, block_mask, jpeg_frames
+from testbed.functions import CONFIG, IMAGE_SIZE
 from track_state import PastFrame, TrackState
 
 FRAMES = 6

@@ -15,7 +15,7 @@ from nuclio_sdk.logger import HumanReadableFormatter, Logger
 from PIL import Image
 
 import main
-from tests.random_weights import write_checkpoint
+from testbed.random_weights import write_checkpoint
 
 MICRO = Path(main.__file__).parent / "weights" / "micro" / "config.yaml"
 JSON = "application/json"

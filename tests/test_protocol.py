@@ -17,16 +17,9 @@ from PIL import Image, ImageFile
 
 import protocol
 from errors import BadRequestError, NotAnImageError, TooLargeError, TrackerError
-from protocol import (
-    MAX_JPEG_SCANS,
-    Continue,
-    Start,
-    TrackerRequest,
-    decode_image,
-    format_tracker_answer,
-    parse_tracker_request,
-    read_image_size,
-)
+from images import MAX_JPEG_SCANS, decode_image, read_image_size
+from object_requests import Continue, Start
+from protocol import TrackerRequest, format_tracker_answer, parse_tracker_request
 from settings import Limits
 from shapes import Shape, ShapeType
 from state_token import StateToken, new_id

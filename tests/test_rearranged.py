@@ -17,18 +17,18 @@ from PIL import Image
 from sam2.modeling.backbones.hieradet import MultiScaleBlock
 from sam2.modeling.sam2_base import SAM2Base
 
+from micro_training.function_client import FunctionClient
+from micro_training.held_out import choose_held_out
+from micro_training.metrics import region_iou
 from model_handler import FrameFeatures, ModelHandler, ObjectOutput
 from model_loader import load_model
 from rearranged import RearrangedMemoryAttention, _InStrips, _RunningSoftmax, rearrange
 from settings import Settings
 from shapes import ShapeType, mask_to_box
-from tests.clips import SIZE_HW, blob_mask, block_mask, jpeg_frames
-from tests.conftest import CONFIG, IMAGE_SIZE
-from tests.random_weights import write_checkpoint
+from testbed.drawn_frames import SIZE_HW, blob_mask, block_mask, jpeg_frames
+from testbed.functions import CONFIG, IMAGE_SIZE
+from testbed.random_weights import write_checkpoint
 from track_state import PastFrame, TrackState
-from training.function_client import FunctionClient
-from training.held_out import choose_held_out
-from training.metrics import region_iou
 
 FRAMES = 18  # more than SAM 2 remembers
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from shapes import encode_cvat_rle
-from tests.clips import base64_text, blob_mask, block_mask, jpeg_frames
-from tests.conftest import Function, RedisServer
-from tests.faults import Replica
+from testbed.drawn_frames import base64_text, blob_mask, block_mask, jpeg_frames
+from testbed.functions import Function, Replica
+from testbed.redis_server import RedisServer
 
 FRAMES = 12
 KILLED_AT = 6

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from sam2.sam2_video_predictor import SAM2VideoPredictor
 
-from interactor_protocol import Prompt
+from interaction.protocol import Prompt
+from interaction.segmenter import HINTS_KEPT, Segmenter
 from model_loader import load_predictor
-from segmenter import HINTS_KEPT, Segmenter
 from settings import Settings
-from tests.clips import SIZE_HW, jpeg_frames
-from tests.conftest import CONFIG, IMAGE_SIZE
+from testbed.drawn_frames import SIZE_HW, jpeg_frames
+from testbed.functions import CONFIG, IMAGE_SIZE
 
 CLICK = Prompt(((60.0, 90.0),))
 TWO = Prompt(((60.0, 90.0), (50.0, 80.0)))

@@ -25,7 +25,7 @@ from benchmarks.simulate import (
     simulate_kept,
     size,
 )
-from tests.conftest import RedisServer
+from testbed.redis_server import RedisServer
 
 FAST: dict[str, Any] = {"requests": 1500, "frames": 50}
 CASES = {

@@ -18,7 +18,7 @@ from state_store import (
     open_store,
 )
 from state_token import StateToken, new_id
-from tests.conftest import RedisServer
+from testbed.redis_server import RedisServer
 
 STATE_TTL_S, RETRY_S = 1000, 100
 

@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cvat_task import loop
-from tests.cvat_server import MUTABLE, Call, Task
+from testbed.cvat_server import MUTABLE, Call, Task
 from tests.task_desk import (
     MASK,
     POLYGON,

@@ -19,11 +19,11 @@ from PIL import Image
 
 import track_task
 import track_video
-from cvat_xml import _read_points
+from clips.cvat_xml import _read_points
 from shapes import encode_cvat_rle
-from tests.clips import blob_mask, jpeg_frames
-from tests.cvat_server import PASSWORD, USER, Call, CvatServer, Picture, Refusal, Task
-from tests.faults import Replica, micro_environment
+from testbed.cvat_server import PASSWORD, USER, Call, CvatServer, Picture, Refusal, Task
+from testbed.drawn_frames import blob_mask, jpeg_frames
+from testbed.functions import Replica, micro_environment
 from tests.task_desk import Desk, desk_with, shape, without_ids
 
 __all__ = ["desk_with"]  # a fixture

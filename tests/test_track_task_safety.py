@@ -15,8 +15,8 @@ import pytest
 
 import track_task
 from errors import TrackerError
-from tests.conftest import free_port
-from tests.cvat_server import LABELS, PASSWORD, TOKEN, USER, Call, CvatServer, Refusal, Task
+from testbed.cvat_server import LABELS, PASSWORD, TOKEN, USER, Call, CvatServer, Refusal, Task
+from testbed.redis_server import free_port
 from tests.task_desk import (
     MASK,
     POLYGON,

@@ -17,15 +17,15 @@ from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 
 import track_video
-from clip_reader import open_clip
-from cvat_xml import CvatXmlWriter, Prompt, read_cvat_xml
-from engine import RemoteEngine
+from clips.cvat_xml import CvatXmlWriter, Prompt, read_cvat_xml
+from clips.reader import open_clip
+from clips.tracking_client import RemoteEngine
 from errors import BadRequestError
-from protocol import Continue, Start
+from object_requests import Continue, Start
 from shapes import Shape, ShapeType, encode_cvat_rle
 from state_token import StateToken, new_id
-from tests.clips import blob_mask, jpeg_frames
-from tests.faults import Replica
+from testbed.drawn_frames import blob_mask, jpeg_frames
+from testbed.functions import Replica
 from tests.reference import write_frames
 from tests.test_replicas import start_replicas
 from track_video import read_prompts, track_clip

@@ -9,12 +9,12 @@ import redis
 from PIL import Image
 
 from errors import BadRequestError, StateGoneError, StateMismatchError, TooLargeError
-from protocol import Continue, Start
+from object_requests import Continue, Start
 from shapes import Shape, ShapeType, encode_cvat_rle
 from state_store import RETRY_STEPS, RedisStateStore
 from state_token import StateToken, new_id
-from tests.clips import SIZE_HW, blob_mask, block_mask, jpeg_frames
-from tests.conftest import Function
+from testbed.drawn_frames import SIZE_HW, blob_mask, block_mask, jpeg_frames
+from testbed.functions import Function
 from track_state import MEMORY_REACH
 from tracker import Frame, TrackedObject, Tracker
 

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from micro_training.batches import Batch
+from micro_training.clips import DEMO_SEEDS, HELD_OUT_SEEDS, TRAINING_SEEDS, Script, make_clip
+from micro_training.demo_clip import DEMO_FRAMES, DEMO_SEED, make_demo_clip, write_demo_clip
+from micro_training.held_out import HIDDEN_FRAMES, choose_held_out, hidden_run
+from micro_training.losses import compute_losses
+from micro_training.metrics import boundary_f, region_iou
+from micro_training.model import CHECKPOINT, build_model
+from micro_training.unroll import Prediction, Unroller
 from shapes import Shape, ShapeType, shape_to_mask
-from training.batches import Batch
-from training.clips import DEMO_SEEDS, HELD_OUT_SEEDS, TRAINING_SEEDS, Script, make_clip
-from training.demo_clip import DEMO_FRAMES, DEMO_SEED, make_demo_clip, write_demo_clip
-from training.held_out import HIDDEN_FRAMES, choose_held_out, hidden_run
-from training.losses import compute_losses
-from training.metrics import boundary_f, region_iou
-from training.model import CHECKPOINT, build_model
-from training.unroll import Prediction, Unroller
 
 SMALL_HW = (90, 160)
 

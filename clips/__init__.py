@@ -1,0 +1,1 @@
+"""Video files and image folders: reading, tracking and writing results."""

@@ -1,0 +1,388 @@
+# shellcheck shell=bash
+# What deploy_cpu.sh and deploy_gpu.sh share: options, the check of what is missing, the command
+# lines of CVAT's own deploy scripts made safe, and a test of the deployed function. Sourced.
+
+readonly EXIT_FAILED=1 EXIT_USAGE=2 EXIT_MISSING=3 EXIT_SELF_TEST=4
+
+# A 64 x 64 picture with a bright square from (16, 16) to (48, 48).
+readonly TEST_IMAGE='iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAAAAACPAi4CAAAAP0lEQVR42mPUYKAMMDGMGjBqwKgBw8QAFnSBLQQ0+IwG4qgBowaMGjBqwKgBowYMdwMYR/sLowaMGjBqABQAAHddAdHLuBYXAAAAAElFTkSuQmCC'
+
+say() { printf '%s\n' "$*"; }
+complain() { printf '%s\n' "$*" >&2; }
+
+fail() { # fail <exit code> <message>
+    complain "$2"
+    exit "$1"
+}
+
+usage() {
+    cat <<END
+Usage: $(basename "$0") [options] [FOLDER]
+
+Deploys the function in FOLDER on $1, so that CVAT lists it. Default: the folder of this script,
+which is the tracker. The folder interactor beside it is the interactor; its image is the tracker's.
+
+  --platform local|kube  where Nuclio runs (default local: Docker on this machine)
+  --namespace NAME       Nuclio's namespace (default: nuctl's own; for CVAT's Docker setup that is right)
+  --project NAME         Nuclio's project; CVAT lists the functions of cvat (default cvat)
+  --network NAME         Docker network of CVAT (default cvat_cvat)
+  --registry URL         registry the cluster pulls from; needed with --platform kube
+  --model ID             model to bake in, for example facebook/sam2.1-hiera-large, or micro
+                         (default: SAM2_MODEL_ID, else facebook/sam2.1-hiera-tiny)
+  --image NAME           deploy this image, built before (docs/deployment.md), instead of building
+  --build-only           build the function's image and start nothing, to carry it elsewhere
+  --env NAME=VALUE       one more environment variable of the function; may be repeated
+  --no-self-test         do not ask the deployed function for a track or a mask
+  --dry-run              print the commands instead of running them
+  --help                 this text
+
+Environment: CVAT_FUNCTIONS_REDIS_HOST, _PORT, _USERNAME, _PASSWORD, _DB, _SSL, _SSL_CA_CERTS and
+_TIMEOUT are handed on to the tracker when set. Without a host the local platform gets CVAT's own
+(cvat_redis_ondisk:6666). Set but empty, CVAT_FUNCTIONS_REDIS_HOST= keeps the tracks inside the
+function: one worker, one replica, lost when it restarts.
+
+Exit status: 0 deployed, $EXIT_FAILED a build or deployment failed, $EXIT_USAGE wrong options, $EXIT_MISSING something is missing,
+$EXIT_SELF_TEST deployed, but the function does not answer as it should.
+END
+}
+
+parse_arguments() { # parse_arguments <CPU or GPU> <script folder> <arguments...>
+    kind=$1 folder=$2 code=$2
+    shift 2
+    platform=local namespace='' project=cvat network=cvat_cvat
+    registry=${NUCTL_REGISTRY:-} model=${SAM2_MODEL_ID:-} image=''
+    self_test=yes dry_run=no build_only=no extra_env=()
+    local given=no
+    while (($#)); do
+        case $1 in
+            --help | -h)
+                usage "$kind"
+                exit 0
+                ;;
+            --dry-run) dry_run=yes ;;
+            --no-self-test) self_test=no ;;
+            --build-only) build_only=yes self_test=no ;;
+            --platform | --namespace | --project | --network | --registry | --model | --image | --env)
+                (($# > 1)) || fail "$EXIT_USAGE" "$1 needs a value; see --help"
+                case $1 in
+                    --env)
+                        [[ $2 =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] ||
+                            fail "$EXIT_USAGE" "--env takes NAME=VALUE; see --help"
+                        if [[ $2 == CVAT_FUNCTIONS_REDIS_* ]]; then
+                            printf -v "${2%%=*}" '%s' "${2#*=}" # as if it had been set outside
+                        else
+                            extra_env+=("$2")
+                        fi
+                        ;;
+                    *) printf -v "${1#--}" '%s' "$2" ;;
+                esac
+                shift
+                ;;
+            -*) fail "$EXIT_USAGE" "$1 is not an option; see --help" ;;
+            *)
+                [[ $given == no ]] || fail "$EXIT_USAGE" "one folder at a time: $folder, then $1"
+                folder=$1 given=yes
+                ;;
+        esac
+        shift
+    done
+    [[ $platform == local || $platform == kube ]] ||
+        fail "$EXIT_USAGE" "--platform $platform is not known: expected local or kube"
+    [[ $build_only == no || $platform$image == local ]] ||
+        fail "$EXIT_USAGE" "--build-only goes with neither --platform kube nor --image"
+    [[ $model =~ ^[A-Za-z0-9._/-]*$ ]] ||
+        fail "$EXIT_USAGE" "--model $model is not a model id like facebook/sam2.1-hiera-tiny"
+}
+
+find_function() { # find_function <yaml name>
+    # In a CVAT checkout the function lies in <name>/nuclio; both folders may be given.
+    [[ -f $folder/$1 || ! -f $folder/nuclio/$1 ]] || folder=$folder/nuclio
+    [[ -f $folder/$1 ]] ||
+        fail "$EXIT_USAGE" "$folder has no $1: give the folder of the function"
+    folder=$(cd "$folder" && pwd)
+    # The interactor's folder holds its yaml only; the code is that beside this script.
+    [[ ! -f $folder/main.py ]] || code=$folder
+    config=$1
+    function_name=$(sed -n 's/^  name: *//p' "$folder/$config" | head -n 1)
+    base_image=$(sed -n 's/^ *baseImage: *//p' "$folder/$config" | head -n 1)
+    function_image=$(sed -n 's/^    image: *//p' "$folder/$config" | head -n 1)
+    display_name=$(sed -n "s/^    name: *'\(.*\)'/\1/p" "$folder/$config" | head -n 1)
+    function_type=$(sed -n 's/^    type: *//p' "$folder/$config" | head -n 1)
+    case $function_type in
+        tracker) tab=Trackers ;;
+        interactor) tab=Interactors ;;
+        *) fail "$EXIT_USAGE" "$folder/$config is neither a tracker nor an interactor" ;;
+    esac
+}
+
+collect_env() {
+    local name suffix
+    function_env=()
+    [[ $build_only == no ]] || return 0
+    if [[ $function_type == tracker ]]; then # the interactor keeps nothing
+        if [[ -z ${CVAT_FUNCTIONS_REDIS_HOST+set} && $platform == local ]]; then
+            function_env+=(CVAT_FUNCTIONS_REDIS_HOST=cvat_redis_ondisk)
+            CVAT_FUNCTIONS_REDIS_PORT=${CVAT_FUNCTIONS_REDIS_PORT:-6666}
+        fi
+        for suffix in HOST PORT USERNAME PASSWORD DB SSL SSL_CA_CERTS TIMEOUT; do
+            name=CVAT_FUNCTIONS_REDIS_$suffix
+            [[ -z ${!name:-} ]] || function_env+=("$name=${!name}")
+        done
+    fi
+    ((${#extra_env[@]} == 0)) || function_env+=("${extra_env[@]}")
+    ((${#function_env[@]} == 0)) || [[ $platform == kube ]] || [[ ${function_env[*]} != *\'* ]] ||
+        fail "$EXIT_USAGE" "a value for the function holds a single quote ('): nuctl hands it \
+unquoted to a shell on the local platform; choose another password or value"
+}
+
+hide_password() { # hide_password <text>: the text without the password
+    local password=${CVAT_FUNCTIONS_REDIS_PASSWORD:-}
+    if [[ -n $password ]]; then
+        printf '%s\n' "${1//"$password"/***}"
+    else
+        printf '%s\n' "$1"
+    fi
+}
+
+print_command() {
+    local word quoted line=''
+    for word in "$@"; do
+        printf -v quoted '%q' "$word"
+        case $word in
+            CVAT_FUNCTIONS_REDIS_PASSWORD=*) line+=' CVAT_FUNCTIONS_REDIS_PASSWORD=***' ;;
+            *) line+=" $quoted" ;;
+        esac
+    done
+    hide_password "+${line}"
+}
+
+run() { # run <command...>: show it and run it, the password hidden in both
+    print_command "$@"
+    [[ $dry_run == no ]] || return 0
+    local line
+    "$@" 2>&1 | while IFS= read -r line || [[ -n $line ]]; do hide_password "$line"; done
+}
+
+nuctl_options=()
+set_nuctl_options() {
+    nuctl_options=(--platform "$platform")
+    [[ -z $namespace ]] || nuctl_options+=(--namespace "$namespace")
+}
+
+preflight_cvat() { # what a deployment beside CVAT on this machine needs; adds to preflight's list
+    docker network inspect "$network" >/dev/null 2>&1 ||
+        missing+=("the Docker network $network is not there: start CVAT first, or name its network with --network")
+    [[ $kind == GPU ]] || return 0
+    # a runtime, devices that Docker discovered, or the hook that --gpus runs
+    [[ $(docker info --format '{{json .}}' 2>/dev/null) == *nvidia* ]] ||
+        command -v nvidia-container-runtime-hook >/dev/null ||
+        missing+=("Docker cannot hand out GPUs: install NVIDIA's container toolkit, run 'nvidia-ctk runtime configure' and restart Docker")
+}
+
+preflight() {
+    local missing=() tool tools=(docker nuctl) client server
+    [[ $self_test == no || $platform == kube ]] || tools+=(curl)
+    for tool in "${tools[@]}"; do
+        command -v "$tool" >/dev/null || missing+=("$tool is not installed (or not on PATH)")
+    done
+    if [[ $platform == kube && -z $registry$image ]]; then
+        missing+=("no registry: the cluster needs one to pull the image from (--registry, or --image)")
+    fi
+    if ! command -v docker >/dev/null; then
+        :
+    elif ! docker info >/dev/null 2>&1; then
+        missing+=("the Docker daemon does not answer ('docker info' says why)")
+    else
+        ! builds_on_the_trackers_image || docker image inspect "$base_image" >/dev/null 2>&1 ||
+            missing+=("the image $base_image is not there: deploy the tracker first, or only build its image: $(basename "$0") --build-only")
+        [[ $platform == kube || $build_only == yes ]] || preflight_cvat
+    fi
+    if ((${#missing[@]})); then
+        complain "Cannot deploy:"
+        for tool in "${missing[@]}"; do complain "  - $tool"; done
+        exit "$EXIT_MISSING"
+    fi
+    [[ $platform == local && $build_only == no ]] || return 0
+    # Nuclio's dashboard, a container of CVAT's compose files, is what CVAT asks for functions.
+    server=$(docker inspect --format '{{.Config.Image}}' nuclio 2>/dev/null || true)
+    server=$(grep -oE '[0-9]+\.[0-9]+\.[0-9]+' <<<"$server" | head -n 1 || true)
+    client=$(nuctl version 2>/dev/null | grep -oE 'Label: *[0-9]+\.[0-9]+\.[0-9]+' | grep -oE '[0-9.]+$' || true)
+    if [[ -z $server ]]; then
+        complain "Warning: no container named nuclio runs here, and CVAT asks it for functions. Start CVAT with components/serverless/docker-compose.serverless.yml."
+    elif [[ $client != "$server" ]]; then
+        complain "Warning: nuctl is ${client:-of an unknown version}, Nuclio's dashboard is $server. If the deployment fails, take nuctl $server."
+    fi
+}
+
+builds_on_the_trackers_image() { # on a CPU the tracker's base image is built, on a GPU it must be there
+    [[ $kind == GPU && $function_type == interactor && -z $image ]]
+}
+
+stage_function() {
+    # nuctl copies the whole folder into the image and stumbles over links to folders, such as those
+    # in a virtual environment: it gets a copy of what the function is made of, readable to all.
+    local work
+    work=$(mktemp -d)
+    # shellcheck disable=SC2064 # the folder's name as it is now
+    trap "rm -rf -- '$work'" EXIT
+    stage=$work/function
+    mkdir "$stage"
+    # what the Dockerfile copies: .dockerignore leaves out the same files
+    cp -- "$code"/*.py "$code"/requirements.txt "$code"/requirements-torch.txt "$folder/$config" "$stage/"
+    rm -f -- "$stage/track_video.py" "$stage/track_task.py"
+    mkdir "$stage/deploy"
+    cp -- "$code/deploy/download_weights.py" "$stage/deploy/"
+    cp -R -- "$code/interaction" "$code/weights" "$stage/"
+    rm -rf -- "$stage/interaction/__pycache__"
+    if [[ -n $model ]] && builds_on_the_trackers_image; then
+        complain "Note: the interactor has the model that was baked into $base_image; $model is not built in."
+    elif [[ -n $model && $kind == GPU ]]; then
+        sed -i.bak "s|\(value: SAM2_MODEL_ID=\)[A-Za-z0-9._/-]*$|\1$model|" "$stage/$config"
+    fi
+    if [[ -n $image ]]; then
+        # nuctl builds as soon as the yaml has a build section
+        sed -i.bak '/^  build:/,/^  [^ #]/ { /^  build:/d; /^  [^ #]/!d; }' "$stage/$config"
+    fi
+    rm -f -- "$stage/$config.bak"
+    chmod -R a+rX -- "$work"
+    cd "$work" || exit # nuctl writes temporary files into the folder it is started in
+    [[ $dry_run == no ]] ||
+        say "# $stage: a copy of $folder/$config and of what the Dockerfile copies from $code"
+}
+
+build_base_image() {
+    local arguments=(--tag "$base_image") name
+    [[ -z $model ]] || arguments+=(--build-arg "SAM2_MODEL_ID=$model")
+    for name in HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy; do
+        # without its value: Docker takes it from the environment, and it is not printed
+        [[ -z ${!name:-} ]] || arguments+=(--build-arg "$name")
+    done
+    export DOCKER_BUILDKIT=1
+    run docker build "${arguments[@]}" "$code" ||
+        fail "$EXIT_FAILED" "The base image was not built; nothing was deployed."
+}
+
+ensure_project() {
+    if [[ $dry_run == no ]] &&
+        nuctl get project "$project" "${nuctl_options[@]}" >/dev/null 2>&1; then
+        return 0
+    fi
+    run nuctl create project "$project" "${nuctl_options[@]}" ||
+        fail "$EXIT_FAILED" "Nuclio's project $project was not created; nothing was deployed."
+}
+
+deploy_function() {
+    local arguments=(--file "$stage/$config" "${nuctl_options[@]}") pair
+    if [[ -n $image ]]; then
+        arguments+=(--run-image "$image")
+    else
+        arguments=(--path "$stage" "${arguments[@]}")
+        [[ $platform == local ]] || arguments+=(--registry "$registry")
+    fi
+    ((${#function_env[@]} == 0)) ||
+        for pair in "${function_env[@]}"; do arguments+=(--env "$pair"); done
+    if [[ $build_only == yes ]]; then
+        arguments+=(--disable) # 'nuctl build' crashes on the local platform
+    elif [[ $platform == local ]]; then
+        arguments+=(--platform-config "{\"attributes\": {\"network\": \"$network\"}}")
+    fi
+    run nuctl deploy --project-name "$project" "${arguments[@]}" ||
+        fail "$EXIT_FAILED" "The function was not deployed. A function of this name that ran before may be gone: look at 'nuctl get function --platform $platform'."
+}
+
+ask() { # ask <path> [<JSON body>]: the function's answer
+    if [[ $platform == kube ]]; then
+        local url="/api/v1/namespaces/$function_namespace/services/nuclio-$function_name:8080/proxy$1"
+        if (($# > 1)); then
+            kubectl create --raw "$url" --filename - <<<"$2"
+        else
+            kubectl get --raw "$url"
+        fi
+    elif (($# > 1)); then
+        # without a proxy, which would not reach this machine's own ports
+        curl --silent --show-error --fail --noproxy '*' --max-time 120 \
+            --header 'Content-Type: application/json' --data "$2" "http://127.0.0.1:$port$1"
+    else
+        curl --silent --show-error --fail --noproxy '*' --max-time 30 "http://127.0.0.1:$port$1"
+    fi
+}
+
+test_function() {
+    ask /healthz >/dev/null ||
+        fail "$EXIT_SELF_TEST" "The function was deployed but is not healthy. Its log: $log_command"
+    "test_$function_type"
+}
+
+test_interactor() {
+    local answer
+    answer=$(ask / "{\"image\": \"$TEST_IMAGE\", \"pos_points\": [[32, 32]], \"neg_points\": [], \"obj_bbox\": []}") ||
+        fail "$EXIT_SELF_TEST" "The function is healthy but does not answer a click. Its log: $log_command"
+    [[ $answer == *'"shapes"'* ]] ||
+        fail "$EXIT_SELF_TEST" "The function answered a click with no shape. Its log: $log_command"
+    say "Self-test passed: the function is healthy and answers a click."
+}
+
+test_tracker() {
+    local answer states
+    answer=$(ask / "{\"image\": \"$TEST_IMAGE\", \"shapes\": [{\"type\": \"rectangle\", \"points\": [16, 16, 48, 48]}], \"states\": []}") ||
+        fail "$EXIT_SELF_TEST" "The function is healthy but does not start a track. Its log: $log_command"
+    # the list of states as it stands: what CVAT sends back
+    states=$(sed -n 's/.*"states": *\(\[[^]]*\]\).*/\1/p' <<<"$answer")
+    [[ -n $states && $states != '[]' ]] ||
+        fail "$EXIT_SELF_TEST" "The function started a track but answered no state. Its log: $log_command"
+    ask / "{\"image\": \"$TEST_IMAGE\", \"shapes\": [null], \"states\": $states}" >/dev/null ||
+        fail "$EXIT_SELF_TEST" "The function does not continue the track it started (is Redis reachable?). Its log: $log_command"
+    say "Self-test passed: the function is healthy, starts a track and continues it."
+}
+
+report() {
+    local status reasons=() log_command port function_namespace
+    status=$(nuctl get function "$function_name" "${nuctl_options[@]}" --output json | tr -d ' \t\n') ||
+        fail "$EXIT_SELF_TEST" "nuctl does not find the function it has just deployed."
+    port=$(grep -oE '"httpPort":[0-9]+' <<<"$status" | grep -oE '[0-9]+' | head -n 1 || true)
+    function_namespace=$(grep -oE '"namespace":"[^"]*"' <<<"$status" | head -n 1 | cut -d '"' -f 4 || true)
+    if [[ $platform == kube ]]; then
+        log_command="kubectl --namespace $function_namespace logs deployment/nuclio-$function_name"
+    else
+        log_command="docker logs nuclio-$function_namespace-$function_name"
+        [[ $function_namespace == nuclio ]] || reasons+=("its namespace is $function_namespace, not nuclio")
+        [[ -n $port ]] || reasons+=("it has no port")
+    fi
+    [[ $status == *'"nuclio.io/project-name":"cvat"'* ]] || reasons+=("its project is not cvat")
+    [[ $status == *"\"type\":\"$function_type\""* ]] || reasons+=("its annotation type is not $function_type")
+    [[ $status == *'"state":"ready"'* ]] || reasons+=("its state is not ready")
+    if [[ $self_test == no ]]; then
+        :
+    elif [[ $platform == kube ]] && ! command -v kubectl >/dev/null; then
+        say "Self-test skipped: it needs kubectl to reach the function inside the cluster."
+    elif [[ $platform == kube || -n $port ]]; then
+        test_function
+    fi
+    [[ $platform == local ]] ||
+        say "CVAT has to ask for functions in the namespace $function_namespace (CVAT_NUCLIO_FUNCTION_NAMESPACE)."
+    if ((${#reasons[@]})); then
+        local joined
+        printf -v joined '%s; ' "${reasons[@]}"
+        fail "$EXIT_SELF_TEST" "CVAT will not list it: ${joined%; }."
+    fi
+    say "CVAT will list it: AI Tools, $tab, $display_name (reload the page)."
+}
+
+deploy() { # deploy <CPU or GPU> <yaml name> <script folder> <arguments...>
+    local yaml=$2
+    parse_arguments "$1" "$3" "${@:4}"
+    find_function "$yaml"
+    collect_env
+    set_nuctl_options
+    [[ $dry_run == yes ]] || preflight
+    stage_function
+    [[ $kind == GPU || -n $image ]] || build_base_image
+    ensure_project
+    deploy_function
+    [[ $dry_run == no ]] || return 0
+    if [[ $build_only == yes ]]; then
+        say "Built $function_image. Deploy it where CVAT is with --image $function_image."
+    else
+        report
+    fi
+}

@@ -1,0 +1,1 @@
+"""The interactor: one object outlined from clicks and a box."""

@@ -1,0 +1,31 @@
+"""Builds the bundled model from its YAML, for training and for measuring, and packs its weights."""
+
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from sam2.modeling.sam2_base import SAM2Base
+from torch import Tensor
+
+from micro_training.first_weights import set_first_weights
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "micro"
+CONFIG, CHECKPOINT = WEIGHTS / "config.yaml", WEIGHTS / "checkpoint.pt"
+
+
+def build_model() -> SAM2Base:
+    """Build the model with first weights to train from."""
+    model = instantiate(OmegaConf.load(CONFIG).model, _recursive_=True)
+    assert isinstance(model, SAM2Base)
+    set_first_weights(model)
+    return model
+
+
+def write_checkpoint(weights: dict[str, Tensor], path: Path) -> None:
+    """Write weights in half precision, in the format that SAM 2 loads."""
+    half = {
+        name: value.detach().cpu().to(torch.float16 if value.is_floating_point() else value.dtype)
+        for name, value in weights.items()
+    }
+    torch.save({"model": half}, path)

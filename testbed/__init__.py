@@ -1,0 +1,1 @@
+"""Real servers, replicas and random weights that tests and benchmarks share."""

@@ -1,0 +1,1 @@
+"""Faults, hostile input and load: what tests and `soak` disturb the function with."""
