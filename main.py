@@ -22,15 +22,14 @@ from nuclio_door import answer, end_when_told, one_line_on_failure, to_json
 from protocol import format_tracker_answer, parse_tracker_request
 from settings import Limits, Settings
 from state_store import StateStore, open_store
-from tracker import Frame, Report, Tracker
-from tracker_builder import build_tracker
+from tracker import Frame, Report, Tracker, build_tracker
 
 # A store that restarts beside us is waited for; one that is not there stops us with a clear line.
 STORE_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
-class Service:
+class TrackerService:
     """What one worker holds between events."""
 
     tracker: Tracker
@@ -53,7 +52,7 @@ def handler(context: Context, event: Event) -> Response:
 
     POST tracks (PROTOCOL: CVAT's tracker call). GET tells whether model and store are ready.
     """
-    service: Service = context.user_data.service
+    service: TrackerService = context.user_data.service
     return answer(
         context,
         event,
@@ -63,7 +62,7 @@ def handler(context: Context, event: Event) -> Response:
     )
 
 
-def _start_up(context: Context) -> Service:
+def _start_up(context: Context) -> TrackerService:
     settings = Settings.from_env(os.environ)
     if settings.redis is None and str(context.worker_id or 0) != "0":
         raise SettingsError(
@@ -88,7 +87,7 @@ def _start_up(context: Context) -> Service:
         versions={name: version(name) for name in ("sam2", "torch", "redis")},
         threads=torch.get_num_threads(),
     )
-    return Service(tracker, store, settings.limits)
+    return TrackerService(tracker, store, settings.limits)
 
 
 def _wait_for(store: StateStore) -> None:
@@ -107,7 +106,7 @@ def _wait_for(store: StateStore) -> None:
             time.sleep(1)
 
 
-def _track(context: Context, service: Service, body: object) -> str:
+def _track(context: Context, service: TrackerService, body: object) -> str:
     report = Report()
     with report.timed("decode"):
         request = parse_tracker_request(body, service.limits)

@@ -22,11 +22,11 @@ import platformdirs
 import urllib3
 from cvat_sdk.core.auth import configure_client_auth_arguments
 
-from clips.tracking_client import open_engine
+from clips.tracking_client import open_tracking_client
 from cvat_task.connection import CvatConnection, CvatError
 from cvat_task.job_writer import Journal
 from cvat_task.loop import run
-from cvat_task.plan import BATCH_FRAMES, Request, describe, make_plan
+from cvat_task.plan import BATCH_FRAMES, RunOptions, describe, make_plan
 from errors import SettingsError, TrackerError
 
 EXIT_INTERRUPTED = 130
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it tells of each repeated request
     if options.insecure:
         urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-    request = Request(
+    request = RunOptions(
         from_frame=options.from_frame,
         to_frame=options.to_frame,
         objects=options.objects,
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(
-    server: CvatConnection, options: argparse.Namespace, request: Request, stop: threading.Event
+    server: CvatConnection, options: argparse.Namespace, request: RunOptions, stop: threading.Event
 ) -> int:
     asked = asdict(request) | {"server": server.url, "job": options.job, "task": options.task}
     asked["objects"] = list(request.objects)  # as JSON gives it back
@@ -148,8 +148,8 @@ def _main(
     print("\n".join(describe(plan, request)), flush=True)
     if options.dry_run:
         return 0
-    with closing(open_engine(options.url, os.environ)) as engine:
-        outcome = run(server, plan, request, engine, journal, out=options.out, stop=stop)
+    with closing(open_tracking_client(options.url, os.environ)) as client:
+        outcome = run(server, plan, request, client, journal, out=options.out, stop=stop)
     rate = outcome.frames / outcome.seconds if outcome.seconds else 0.0
     print(f"{outcome.frames} frames tracked in {outcome.seconds:.0f} s, {rate:.2f} frames/s")
     for one in plan.objects:

@@ -20,10 +20,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from clips.coco_tracks import CocoTracksWriter
-from clips.cvat_xml import CvatXmlWriter, Prompt, read_cvat_xml
+from clips.cvat_xml import CvatXmlWriter, InitialShape, read_cvat_xml
 from clips.overlays import ContactSheet, OverlayWriter, draw_masks
 from clips.reader import Clip, open_clip
-from clips.tracking_client import Engine, open_engine
+from clips.tracking_client import TrackingClient, open_tracking_client
 from errors import BadRequestError, SettingsError, TrackerError
 from object_requests import Continue, Start
 from shapes import Shape, ShapeType, SizeHW, shape_to_mask
@@ -35,7 +35,7 @@ EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ClipSummary:
     """What a run did.
 
     Attributes:
@@ -51,26 +51,26 @@ class Outcome:
 
 def track_clip(
     clip: Clip,
-    prompts: Sequence[Prompt],
-    engine: Engine,
+    prompts: Sequence[InitialShape],
+    client: TrackingClient,
     out: Path,
     *,
     last_frame: int | None = None,
     backwards: bool = False,
-) -> Outcome:
+) -> ClipSummary:
     """Track prompts through a clip and write what was found to a folder.
 
     Args:
         clip: The frames.
         prompts: What to follow, each from its own frame on.
-        engine: What tracks.
+        client: What tracks.
         out: Folder for `annotations.xml`, `tracks.json`, `overlay.mp4` and `contact_sheet.png`.
         last_frame: Where to stop; None means the end of the clip, or its beginning if backwards.
         backwards: Follow the objects towards frame 0.
 
     Raises:
         BadRequestError: A prompt or the last frame lies outside the clip or on the wrong side.
-        TrackerError: As the engine does; what was tracked before is written.
+        TrackerError: As the client does; what was tracked before is written.
     """
     first, last = _range(clip, prompts, last_frame, backwards=backwards)
     labels = [prompt.label for prompt in prompts]
@@ -93,7 +93,7 @@ def track_clip(
                     if prompt.frame == number
                 }
                 items = {track: Continue(token) for track, token in tokens.items()} | starts
-                found = dict(zip(items, engine.track(frame, list(items.values())), strict=True))
+                found = dict(zip(items, client.track(frame, list(items.values())), strict=True))
                 tokens = {track: one.token for track, one in found.items()}
                 for track, one in found.items():
                     lost[track] += one.lost
@@ -105,10 +105,10 @@ def track_clip(
     finally:
         if writer is not None:
             writer.close()
-    return Outcome(done, tuple(lost), interrupted)
+    return ClipSummary(done, tuple(lost), interrupted)
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path) -> list[InitialShape]:
     """Read prompts from a *CVAT for video 1.1* XML, or a JSON list of label, type, points, frame.
 
     Raises:
@@ -128,7 +128,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     for index, entry in enumerate(entries):
         try:
             shape = Shape(ShapeType(entry["type"]), entry["points"])
-            prompts.append(Prompt(str(entry["label"]), shape, int(entry.get("frame", 0))))
+            prompts.append(InitialShape(str(entry["label"]), shape, int(entry.get("frame", 0))))
         except (KeyError, TypeError, ValueError) as err:
             raise BadRequestError(
                 f"{path}, entry {index}: {err!r}; expected label, type "
@@ -172,7 +172,7 @@ class _Writer:
 
 
 def _range(
-    clip: Clip, prompts: Sequence[Prompt], last_frame: int | None, *, backwards: bool
+    clip: Clip, prompts: Sequence[InitialShape], last_frame: int | None, *, backwards: bool
 ) -> tuple[int, int]:
     for prompt in prompts:
         if not 0 <= prompt.frame < clip.frame_count:
@@ -211,11 +211,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         clip = open_clip(options.clip)
         prompts = read_prompts(options.shapes)
-        with closing(open_engine(options.url, os.environ)) as engine:
+        with closing(open_tracking_client(options.url, os.environ)) as client:
             outcome = track_clip(
                 clip,
                 prompts,
-                engine,
+                client,
                 options.out,
                 last_frame=options.last_frame,
                 backwards=options.backwards,

@@ -19,7 +19,9 @@ from PIL import Image
 
 from errors import StateGoneError, StateMismatchError, TooLargeError, TrackerError
 from model_handler import FrameFeatures, ModelHandler, ObjectOutput
+from model_loader import load_model
 from object_requests import Continue, Start
+from settings import Settings
 from shapes import (
     Box,
     Mask,
@@ -31,7 +33,7 @@ from shapes import (
     rectangle_to_box,
     shape_to_mask,
 )
-from state_store import RETRY_STEPS, StateStore, StepWrite
+from state_store import RETRY_STEPS, MemoryStateStore, StateStore, StepWrite
 from state_token import StateToken, new_id
 from track_state import (
     MEMORY_REACH,
@@ -366,6 +368,36 @@ class Tracker:
     def _remember(self, id_: str, memory: torch.Tensor) -> None:
         if memory.nbytes <= self._memories.maxsize:
             self._memories[id_] = memory
+
+
+def build_tracker(settings: Settings, store: StateStore) -> Tracker:
+    """Load and warm the model that the settings name and tie it to a store.
+
+    Raises:
+        SettingsError: See `model_loader.load_model`.
+    """
+    model = load_model(settings)
+
+    def tie(to: StateStore) -> Tracker:
+        return Tracker(
+            model=model,
+            store=to,
+            memory_cache_bytes=settings.memory_cache_bytes,
+            polygon_tolerance=settings.polygon_tolerance,
+            request_limit_s=settings.request_limit_s,
+        )
+
+    _warm_up(tie(MemoryStateStore(state_ttl_s=60, retry_window_s=60)))
+    return tie(store)
+
+
+def _warm_up(tracker: Tracker) -> None:
+    """Run a start and a step, so that the first annotator does not pay for them."""
+    side = 64
+    blank = Frame("warm-up", (side, side), lambda: Image.new("RGB", (side, side)))
+    box = Shape(ShapeType.RECTANGLE, [16.0, 16.0, 48.0, 48.0])
+    (started,) = tracker.run(blank, [Start(box)])
+    tracker.run(blank, [Continue(started.token)])
 
 
 @dataclass(frozen=True, eq=False)

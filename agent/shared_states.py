@@ -58,7 +58,7 @@ class Record:
 
 
 @dataclass
-class Followed:
+class TrackingState:
     """What cvat-cli hands the function of one state.
 
     Attributes:
@@ -87,17 +87,17 @@ class SharedStates:
         driver._TrackingStateContainer = lambda: self  # noqa: SLF001  # there is no other way in
 
     def store(
-        self, state: Followed, shape_type: str, task_id: int, image_dims: tuple[int, int]
+        self, state: TrackingState, shape_type: str, task_id: int, image_dims: tuple[int, int]
     ) -> str:
         """Keep a new object's state and return the name that CVAT is to know it by."""
         key = _key(state.token)
         with refusals():
-            self.move([Followed(state.token, Record(key, task_id, image_dims, shape_type))])
+            self.move([TrackingState(state.token, Record(key, task_id, image_dims, shape_type))])
         return str(state.token)
 
     def retrieve(
         self, state_id: str, task_id: int, image_dims: tuple[int, int]
-    ) -> tuple[Followed, str]:
+    ) -> tuple[TrackingState, str]:
         """Return a state and its shape type.
 
         Raises:
@@ -118,9 +118,9 @@ class SharedStates:
             raise BadArError(f"Tracking state {state_id!r} is not for task #{task_id}")
         if record.image_dims != image_dims:
             raise BadArError("Image sizes of the start frame and the current frame are different")
-        return Followed(StateToken.parse(fields["token"]), record), record.shape_type
+        return TrackingState(StateToken.parse(fields["token"]), record), record.shape_type
 
-    def move(self, states: Sequence[Followed]) -> None:
+    def move(self, states: Sequence[TrackingState]) -> None:
         """Write where states stand now: all of them or none.
 
         Raises:

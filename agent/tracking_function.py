@@ -16,8 +16,8 @@ from PIL import Image
 
 from agent.shared_states import (
     KNOWN_VERSIONS,
-    Followed,
     SharedStates,
+    TrackingState,
     cvat_cli_is_known,
     cvat_cli_version,
     refusals,
@@ -29,14 +29,13 @@ from protocol import parse_shape
 from settings import Settings
 from shapes import Shape, ShapeType
 from state_store import connect, open_store
-from tracker import Frame, Report, TrackedObject, Tracker
-from tracker_builder import build_tracker
+from tracker import Frame, Report, TrackedObject, Tracker, build_tracker
 
 PARAMETERS = (*MODEL_PARAMETERS, "batch_objects", "polygon_tolerance", "request_limit")
 
 
 @dataclass(eq=False)
-class Request:
+class FrameRequest:
     """What cvat-cli asks of one frame.
 
     Attributes:
@@ -46,8 +45,8 @@ class Request:
     """
 
     frame: Frame
-    find: Callable[[Frame, Sequence[Followed]], list[cvataa.TrackableShape | None]]
-    objects: list[Followed] = field(default_factory=list)
+    find: Callable[[Frame, Sequence[TrackingState]], list[cvataa.TrackableShape | None]]
+    objects: list[TrackingState] = field(default_factory=list)
 
     @cached_property
     def answers(self) -> list[cvataa.TrackableShape | None]:
@@ -67,7 +66,7 @@ class PendingShape:
         shape_type: What cvat-cli may know of the shape before.
     """
 
-    def __init__(self, request: Request, shape_type: str) -> None:
+    def __init__(self, request: FrameRequest, shape_type: str) -> None:
         self.type = shape_type
         self._request = request
         self._index = len(request.objects) - 1
@@ -122,16 +121,16 @@ class TrackingFunction:
         self,
         context: cvataa.TrackingFunctionContext,  # noqa: ARG002  # cvat-sdk's interface
         image: Image.Image,
-    ) -> Request:
+    ) -> FrameRequest:
         """Begin a request; the frame is encoded when the first object needs it."""
-        return Request(Frame.at_hand(upright_rgb(image)), self._find)
+        return FrameRequest(Frame.at_hand(upright_rgb(image)), self._find)
 
     def init_tracking_state(
         self,
         context: cvataa.TrackingFunctionShapeContext,  # noqa: ARG002  # cvat-sdk's interface
-        pp_image: Request,
+        pp_image: FrameRequest,
         shape: cvataa.TrackableShape,
-    ) -> Followed:
+    ) -> TrackingState:
         """Start an object.
 
         Raises:
@@ -141,13 +140,13 @@ class TrackingFunction:
             fields = {"type": shape.type, "points": shape.points}
             start = Start(parse_shape(fields, self._settings.limits))
             (started,) = self._run(pp_image.frame, [start])
-        return Followed(started.token)
+        return TrackingState(started.token)
 
     def track(
         self,
         context: cvataa.TrackingFunctionShapeContext,
-        pp_image: Request,
-        state: Followed,
+        pp_image: FrameRequest,
+        state: TrackingState,
     ) -> cvataa.TrackableShape | PendingShape | None:
         """Find an object on a further frame.
 
@@ -170,7 +169,7 @@ class TrackingFunction:
         return build_tracker(self._settings, store)
 
     def _find(
-        self, frame: Frame, objects: Sequence[Followed]
+        self, frame: Frame, objects: Sequence[TrackingState]
     ) -> list[cvataa.TrackableShape | None]:
         with refusals():
             found = self._run(frame, [Continue(one.token) for one in objects])

@@ -41,7 +41,7 @@ from benchmarks.harness import (
     table,
     write_json,
 )
-from clips.tracking_client import Engine, LocalEngine
+from clips.tracking_client import LocalTrackingClient, TrackingClient
 from micro_training.held_out import choose_held_out
 from micro_training.metrics import region_iou
 from object_requests import Continue, Start
@@ -114,8 +114,8 @@ def compare_masks(options: argparse.Namespace, *, compiled: bool) -> Row:
     ious = []
     with ExitStack() as stack:
         micro = Settings(model_id="micro", device="cpu", image_size=options.image_size)
-        engines = [
-            stack.enter_context(closing(LocalEngine(settings)))
+        clients = [
+            stack.enter_context(closing(LocalTrackingClient(settings)))
             for settings in (replace(micro, device=options.device, compile=compiled), micro)
         ]
         clips = choose_held_out(options.clips)
@@ -123,7 +123,7 @@ def compare_masks(options: argparse.Namespace, *, compiled: bool) -> Row:
             clip = held_out.make()
             frames = [Image.fromarray(frame) for frame in clip.frames[: options.clip_frames]]
             prompts = [clip.mask(0, body) for body in held_out.bodies]
-            on_device, on_cpu = (follow(engine, frames, prompts) for engine in engines)
+            on_device, on_cpu = (follow(client, frames, prompts) for client in clients)
             ious += [region_iou(*pair) for pair in zip(on_device, on_cpu, strict=True)]
     return {
         "model": "micro",
@@ -133,13 +133,15 @@ def compare_masks(options: argparse.Namespace, *, compiled: bool) -> Row:
     }
 
 
-def follow(engine: Engine, frames: Sequence[Image.Image], prompts: Sequence[Mask]) -> list[Mask]:
+def follow(
+    client: TrackingClient, frames: Sequence[Image.Image], prompts: Sequence[Mask]
+) -> list[Mask]:
     """Return the masks of all objects on all frames but the first."""
     drawn = [Shape(ShapeType.MASK, encode_cvat_rle(mask)) for mask in prompts]
-    found = engine.track(frames[0], [Start(shape) for shape in drawn])
+    found = client.track(frames[0], [Start(shape) for shape in drawn])
     masks = []
     for frame in frames[1:]:
-        found = engine.track(frame, [Continue(one.token) for one in found])
+        found = client.track(frame, [Continue(one.token) for one in found])
         masks += [one.mask for one in found if one.mask is not None]
     assert len(masks) == len(prompts) * (len(frames) - 1)
     return masks

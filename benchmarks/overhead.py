@@ -40,7 +40,7 @@ import uvicorn
 import local_server
 import main as door
 import tracker
-import tracker_builder
+import tracker
 from benchmarks.clip import JPEG_QUALITY, draw_discs
 from benchmarks.contenders import Traffic
 from benchmarks.harness import describe_machine, machine, write_json
@@ -99,7 +99,7 @@ def serve(port: int, masks: torch.Tensor) -> None:
         _replace_network(handler._model, masks)  # noqa: SLF001  # the network has no other door
         return handler
 
-    mock.patch.object(tracker_builder, "load_model", load_without_network).start()
+    mock.patch.object(tracker, "load_model", load_without_network).start()
     answer = local_server._answer  # noqa: SLF001  # the last that is done with a request
 
     def timed_answer(response: Any) -> Any:  # noqa: ANN401  # Nuclio's

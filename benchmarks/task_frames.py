@@ -3,7 +3,7 @@
     python -m benchmarks.task_frames --model-id micro --device cpu
 
 Both follow the same polygon through the same clip on a stand-in for CVAT's server, in turn, with
-the same engine: once one that answers at once (model excluded), once SAM 2 (model included). One
+the same client: once one that answers at once (model excluded), once SAM 2 (model included). One
 call per frame is what CVAT does when it tracks through a function: the server makes a PNG of the
 frame, and base64 in JSON takes it to the function, which decodes it. Left out there, though CVAT
 does it too: finding the frame inside its chunk, the browser, writing the result. So the real gap is
@@ -34,11 +34,11 @@ from PIL import Image
 from benchmarks.harness import add_common_options, model_environment, report, result
 from benchmarks.turns import median
 from clips.reader import open_clip
-from clips.tracking_client import Engine, open_engine
+from clips.tracking_client import TrackingClient, open_tracking_client
 from cvat_task.connection import CvatConnection
 from cvat_task.job_writer import Journal
 from cvat_task.loop import run
-from cvat_task.plan import Request, make_plan
+from cvat_task.plan import RunOptions, make_plan
 from images import decode_image
 from object_requests import Continue, Start
 from protocol import format_tracker_answer, parse_tracker_request
@@ -62,7 +62,7 @@ class NoModel:
         """Hold nothing."""
 
     def track(self, frame: Image.Image, items: Sequence[Start | Continue]) -> list[TrackedObject]:
-        """See `Engine.track`."""
+        """See `TrackingClient.track`."""
         frame.load()
         answers = []
         for item in items:
@@ -110,7 +110,7 @@ def polygon(size_hw: tuple[int, int]) -> list[float]:
     return points
 
 
-def by_the_chunk(server: CvatServer, engine: Engine, points: list[float]) -> float:
+def by_the_chunk(server: CvatServer, client: TrackingClient, points: list[float]) -> float:
     """Return seconds for the whole clip through `track_task.py`, with planning and writing."""
     server.data[JOB] = {"version": 0, "tags": [], "shapes": [], "tracks": []}
     server.add(JOB, "shapes", type="polygon", frame=0, points=points, label_id=JOB)
@@ -118,12 +118,14 @@ def by_the_chunk(server: CvatServer, engine: Engine, points: list[float]) -> flo
     begin = time.perf_counter()
     with closing(CvatConnection(options)) as connection, tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder), {})
-        plan = make_plan(connection, [JOB], Request(), journal)
-        run(connection, plan, Request(), engine, journal)
+        plan = make_plan(connection, [JOB], RunOptions(), journal)
+        run(connection, plan, RunOptions(), client, journal)
     return time.perf_counter() - begin
 
 
-def frame_by_frame(server: CvatServer, engine: Engine, points: list[float], count: int) -> float:
+def frame_by_frame(
+    server: CvatServer, client: TrackingClient, points: list[float], count: int
+) -> float:
     """Return seconds for the whole clip with a PNG and a call per frame."""
 
     class Function(BaseHTTPRequestHandler):
@@ -133,7 +135,7 @@ def frame_by_frame(server: CvatServer, engine: Engine, points: list[float], coun
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             request = parse_tracker_request(body, Limits())
-            found = engine.track(decode_image(request.image, Limits()), request.items)
+            found = client.track(decode_image(request.image, Limits()), request.items)
             answer = format_tracker_answer(
                 request, [(one.token, one.shape, one.lost) for one in found]
             )
@@ -153,13 +155,13 @@ def frame_by_frame(server: CvatServer, engine: Engine, points: list[float], coun
     states: list[str] = []
     shapes: list[object] = [{"type": "polygon", "points": points}]
     begin = time.perf_counter()
-    with httpx.Client(timeout=600) as client:
+    with httpx.Client(timeout=600) as http:
         for number in range(count):
             query: dict[str, str | int] = {"type": "frame", "quality": "original", "number": number}
-            frame = client.get(f"{server.url}/api/jobs/{JOB}/data", params=query, headers=headers)
+            frame = http.get(f"{server.url}/api/jobs/{JOB}/data", params=query, headers=headers)
             image = base64.b64encode(frame.content).decode()
             url = f"http://127.0.0.1:{function.server_address[1]}"
-            answer = client.post(url, json={"image": image, "shapes": shapes, "states": states})
+            answer = http.post(url, json={"image": image, "shapes": shapes, "states": states})
             states, shapes = answer.json()["states"], [None]
     seconds = time.perf_counter() - begin
     function.shutdown()
@@ -187,19 +189,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         CvatServer(task) as server,
     ):
         environment = model_environment(options, Path(folder))
-        engines: dict[str, Callable[[], Engine]] = {
+        clients: dict[str, Callable[[], TrackingClient]] = {
             "excluded": NoModel,
-            "included": lambda: open_engine(None, environment),
+            "included": lambda: open_tracking_client(None, environment),
         }
         server.chunks |= {(JOB, index): chunk for index, chunk in enumerate(chunks)}
-        for name, make in engines.items():
+        for name, make in clients.items():
             all_ms: dict[str, list[float]] = {"ours": [], "calls": []}
-            with closing(make()) as engine:
-                by_the_chunk(server, engine, points)  # caches are warm
+            with closing(make()) as client:
+                by_the_chunk(server, client, points)  # caches are warm
                 for _ in range(options.rounds):
                     seconds = (
-                        by_the_chunk(server, engine, points),
-                        frame_by_frame(server, engine, points, options.frames),
+                        by_the_chunk(server, client, points),
+                        frame_by_frame(server, client, points, options.frames),
                     )
                     for times, whole in zip(all_ms.values(), seconds, strict=True):
                         times.append(round(whole * 1000 / options.frames, 2))

@@ -26,7 +26,7 @@ _TYPES = {
 
 
 @dataclass(frozen=True)
-class Prompt:
+class InitialShape:
     """What the annotator drew: one object on one frame."""
 
     label: str
@@ -34,7 +34,7 @@ class Prompt:
     frame: int
 
 
-def read_cvat_xml(path: Path) -> list[Prompt]:
+def read_cvat_xml(path: Path) -> list[InitialShape]:
     """Read the first visible shape of every track as a prompt.
 
     Raises:
@@ -54,7 +54,7 @@ def read_cvat_xml(path: Path) -> list[Prompt]:
             if is_grouped_mask and group_starts.setdefault(group, frame) < frame:
                 continue  # a mask's later frames are tracks of the same group, see below
             shape = Shape(_TYPES[visible[0].tag], _read_points(visible[0]))
-            prompts.append(Prompt(track.attrib["label"], shape, frame))
+            prompts.append(InitialShape(track.attrib["label"], shape, frame))
     except (ParseError, DefusedXmlException, KeyError, ValueError) as err:
         raise BadRequestError(f"{path} is not a CVAT for video 1.1 file: {err!r}") from err
     if not prompts:

@@ -24,15 +24,14 @@ from settings import Settings
 from shapes import Shape, ShapeType
 from state_store import MemoryStateStore
 from state_token import StateToken
-from tracker import Frame, TrackedObject
-from tracker_builder import build_tracker
+from tracker import Frame, TrackedObject, build_tracker
 
 # A busy or restarting function answers 503 or nothing; a repeat loses and changes nothing.
 RETRY_PAUSES_S = (1.0, 3.0, 9.0)
 REQUEST_TIMEOUT_S = 600.0
 
 
-class Engine(Protocol):
+class TrackingClient(Protocol):
     """Starts and continues objects on one frame."""
 
     def track(self, frame: Image.Image, items: Sequence[Start | Continue]) -> list[TrackedObject]:
@@ -50,20 +49,20 @@ class Engine(Protocol):
         """Let go of what it holds."""
 
 
-def open_engine(url: str | None, env: Mapping[str, str]) -> Engine:
-    """Return the engine that a command line asks for.
+def open_tracking_client(url: str | None, env: Mapping[str, str]) -> TrackingClient:
+    """Return the client that a command line asks for.
 
     Args:
         url: A running function, or None to track in this process.
-        env: Settings of the engine in this process, e.g. `os.environ`.
+        env: Settings of the client in this process, e.g. `os.environ`.
 
     Raises:
         SettingsError: See `Settings.from_env` and `model_loader.load_model`.
     """
-    return RemoteEngine(url) if url else LocalEngine(Settings.from_env(env))
+    return RemoteTrackingClient(url) if url else LocalTrackingClient(Settings.from_env(env))
 
 
-class LocalEngine:
+class LocalTrackingClient:
     """Tracks in this process; states live and end with it.
 
     Args:
@@ -82,11 +81,11 @@ class LocalEngine:
         self._store.close()
 
     def track(self, frame: Image.Image, items: Sequence[Start | Continue]) -> list[TrackedObject]:
-        """See `Engine.track`."""
+        """See `TrackingClient.track`."""
         return self._tracker.run(Frame.at_hand(frame), items, keep_masks=True)
 
 
-class RemoteEngine:
+class RemoteTrackingClient:
     """Tracks by a running function.
 
     Args:
@@ -102,7 +101,7 @@ class RemoteEngine:
         self._client.close()
 
     def track(self, frame: Image.Image, items: Sequence[Start | Continue]) -> list[TrackedObject]:
-        """See `Engine.track`; masks and scores stay with the function.
+        """See `TrackingClient.track`; masks and scores stay with the function.
 
         Raises:
             TrackerError: The function's own reason, or that it cannot be reached.

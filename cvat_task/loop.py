@@ -1,4 +1,4 @@
-"""Owns the loop of a run on a CVAT task: job by job and frame by frame, to the engine and back.
+"""Owns the loop of a run on a CVAT task: job by job and frame by frame, to the client and back.
 
 Server, frames, objects, writing and tracking have rooms of their own.
 """
@@ -21,14 +21,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from clips.overlays import ContactSheet, draw_masks
-from clips.tracking_client import Engine
+from clips.tracking_client import TrackingClient
 from cvat_task.annotations import largest_group
 from cvat_task.connection import CvatConnection, CvatError
 from cvat_task.followed_objects import Followed, hand_over
 from cvat_task.job_frames import job_frames
 from cvat_task.job_writer import JobWriter, Journal
 from cvat_task.keyframes import Json
-from cvat_task.plan import Plan, Request, todo
+from cvat_task.plan import Plan, RunOptions, todo
 from errors import BadRequestError, TrackerError
 from object_requests import Continue, Start
 from shapes import Shape, ShapeType, shape_to_mask
@@ -39,7 +39,7 @@ SHEET_FRAMES = 12
 
 
 @dataclass
-class Outcome:
+class TaskSummary:
     """What a run did.
 
     Attributes:
@@ -60,28 +60,28 @@ class Outcome:
 def run(
     server: CvatConnection,
     plan: Plan,
-    request: Request,
-    engine: Engine,
+    request: RunOptions,
+    client: TrackingClient,
     journal: Journal,
     *,
     out: Path | None = None,
     stop: threading.Event | None = None,
-) -> Outcome:
+) -> TaskSummary:
     """Track and write, job by job.
 
     Args:
         server: Where frames come from and results go.
         plan: Where to begin.
         request: What was asked for.
-        engine: What tracks.
+        client: What tracks.
         journal: Told how far the run is, and emptied when it is done.
         out: Folder for `contact_sheet.png`; None: no sheet.
         stop: Ends the run after the frame in flight when it is set; what was found is written.
 
     Raises:
-        TrackerError: Of the server or the engine; what was found before is written if it can be.
+        TrackerError: Of the server or the client; what was found before is written if it can be.
     """
-    outcome = Outcome()
+    outcome = TaskSummary()
     begin = time.monotonic()
     frames = [frame for _, frames in todo(plan, request) for frame in frames]
     sheet = _Sheet(out, frames)
@@ -90,7 +90,7 @@ def run(
     if len(plan.jobs) > 1:
         elsewhere = max(largest_group(server.annotations(job.id)) for job in plan.jobs)
     with closing(sheet), tqdm(total=len(frames), unit="frame", disable=None) as bar:
-        loop = _Loop(server, plan, request, engine, bar, sheet, outcome, stop)
+        loop = _Loop(server, plan, request, client, bar, sheet, outcome, stop)
         for at in range(plan.at, len(plan.jobs)):
             job = plan.jobs[at]
             writer = JobWriter(
@@ -130,17 +130,17 @@ class _Loop:
         self,
         server: CvatConnection,
         plan: Plan,
-        request: Request,
-        engine: Engine,
+        request: RunOptions,
+        client: TrackingClient,
         bar: tqdm[Never],
         sheet: _Sheet,
-        outcome: Outcome,
+        outcome: TaskSummary,
         stop: threading.Event | None,
     ) -> None:
         self._server = server
         self._plan = plan
         self._request = request
-        self._engine = engine
+        self._client = client
         self._bar = bar
         self._sheet = sheet
         self._outcome = outcome
@@ -247,7 +247,7 @@ class _Loop:
             there.append(one)
         if not items:
             return []
-        found = list(zip(there, self._engine.track(frame, items), strict=True))
+        found = list(zip(there, self._client.track(frame, items), strict=True))
         for one, answer in found:
             self._tokens[id(one)] = answer.token
             if new:

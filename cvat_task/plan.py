@@ -18,7 +18,7 @@ BATCH_FRAMES = 50
 
 
 @dataclass(frozen=True)
-class Request:
+class RunOptions:
     """What was asked for.
 
     Attributes:
@@ -76,7 +76,7 @@ class Plan:
 def make_plan(
     server: CvatConnection,
     job_ids: Sequence[int],
-    request: Request,
+    request: RunOptions,
     journal: Journal,
     *,
     restart: bool = False,
@@ -154,7 +154,7 @@ def _repeat(
     return Plan(list(jobs), at, annotations, there, anchor, target, is_repeat=True, gone=names)
 
 
-def describe(plan: Plan, request: Request) -> list[str]:
+def describe(plan: Plan, request: RunOptions) -> list[str]:
     """Return lines for people: what would change, and what is skipped."""
     lines = []
     if plan.is_repeat:
@@ -177,7 +177,7 @@ def describe(plan: Plan, request: Request) -> list[str]:
     return lines + [f"  {_describe_object(one, plan, request)}" for one in plan.objects]
 
 
-def todo(plan: Plan, request: Request) -> list[tuple[Job, list[int]]]:
+def todo(plan: Plan, request: RunOptions) -> list[tuple[Job, list[int]]]:
     """Return the jobs with the frames to track in each; frames that two share come once."""
     todo = []
     anchor = plan.anchor
@@ -193,7 +193,7 @@ def todo(plan: Plan, request: Request) -> list[tuple[Job, list[int]]]:
     return todo
 
 
-def _describe_object(one: Followed, plan: Plan, request: Request) -> str:
+def _describe_object(one: Followed, plan: Plan, request: RunOptions) -> str:
     low, high = sorted((plan.anchor, plan.target))
     inside = range(low, high + 1)
     if one.as_track:
@@ -215,7 +215,7 @@ def _describe_object(one: Followed, plan: Plan, request: Request) -> str:
     return text + (f"; replaces up to {replaced} shapes" if replaced else "")
 
 
-def _wanted(request: Request, job: Job) -> Wanted:
+def _wanted(request: RunOptions, job: Job) -> Wanted:
     label_ids = None
     if request.label is not None:
         names = {label.name: number for number, label in job.labels.items()}
@@ -227,7 +227,7 @@ def _wanted(request: Request, job: Job) -> Wanted:
     return Wanted(frozenset(request.objects) or None, label_ids)
 
 
-def _check(plan: Plan, request: Request) -> None:
+def _check(plan: Plan, request: RunOptions) -> None:
     names = {name for one in plan.objects for name in (one.name.split()[0], str(one.standing))}
     missing = [name for name in request.objects if name not in names]
     if missing:
@@ -243,7 +243,7 @@ def _check(plan: Plan, request: Request) -> None:
     _check_sizes(plan, request)
 
 
-def _check_sizes(plan: Plan, request: Request) -> None:
+def _check_sizes(plan: Plan, request: RunOptions) -> None:
     # A repeat may begin in a job with the last frame of the one before.
     begun = next(job for job in plan.jobs[plan.at :: -1] if plan.anchor in job.places)
     size_hw = begun.size_hw(plan.anchor)

@@ -25,7 +25,7 @@ from settings import InteractorSettings, Limits, Settings
 
 
 @dataclass(frozen=True)
-class Service:
+class InteractorService:
     """What one worker holds between events."""
 
     segmenter: Segmenter
@@ -48,13 +48,13 @@ def handler(context: Context, event: Event) -> Response:
 
     POST segments (PROTOCOL: CVAT's interactor call). GET tells that the model is loaded.
     """
-    service: Service = context.user_data.service
+    service: InteractorService = context.user_data.service
     return answer(
         context, event, serve=lambda body: _segment(context, service, body), verb="segments"
     )
 
 
-def _start_up(context: Context) -> Service:
+def _start_up(context: Context) -> InteractorService:
     settings = Settings.from_env(os.environ)
     model, fingerprint = load_predictor(settings)
     segmenter = build_segmenter(model, settings)
@@ -69,10 +69,10 @@ def _start_up(context: Context) -> Service:
         versions={name: version(name) for name in ("sam2", "torch")},
         threads=torch.get_num_threads(),
     )
-    return Service(segmenter, settings.limits, settings.interactor)
+    return InteractorService(segmenter, settings.limits, settings.interactor)
 
 
-def _segment(context: Context, service: Service, body: object) -> str:
+def _segment(context: Context, service: InteractorService, body: object) -> str:
     begin = time.perf_counter()
     request = parse_interactor_request(
         body, service.limits, extreme_points=service.options.extreme_points

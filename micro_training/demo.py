@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
 from clips.reader import open_clip
-from clips.tracking_client import LocalEngine
+from clips.tracking_client import LocalTrackingClient
 from micro_training.demo_clip import write_demo_clip
 from micro_training.metrics import boundary_f, region_iou
 from settings import Settings
@@ -26,8 +26,8 @@ def main() -> None:
     """Make the clip, track it, print how good it was and name the pictures."""
     write_demo_clip(OUT)
     prompts = read_prompts(OUT / "shapes.json")
-    engine = LocalEngine(Settings(model_id="micro"))
-    outcome = track_clip(open_clip(OUT / "frames"), prompts, engine, OUT)
+    client = LocalTrackingClient(Settings(model_id="micro"))
+    outcome = track_clip(open_clip(OUT / "frames"), prompts, client, OUT)
     truth = np.load(OUT / "truth.npz")["masks"]
     found = read_masks(OUT / "tracks.json", truth.shape)
 

@@ -1,4 +1,4 @@
-"""What tests of `track_task.py` work with: a served task, the command, an engine that moves."""
+"""What tests of `track_task.py` work with: a served task, the command, an client that moves."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def frames_of(count: int) -> list[Picture]:
     return [np.full((*SIZE_HW, 3), (5 * number, 9, 9), np.uint8) for number in range(count)]
 
 
-class MovingEngine:
+class MovingTrackingClient:
     """Moves every object one pixel right a frame, and reads the frame's number from its red.
 
     Args:
@@ -51,7 +51,7 @@ class MovingEngine:
         """Hold nothing."""
 
     def track(self, frame: Image.Image, items: Sequence[Start | Continue]) -> list[TrackedObject]:
-        """See `Engine.track`."""
+        """See `TrackingClient.track`."""
         pixel = frame.getpixel((0, 0))
         assert isinstance(pixel, tuple)
         number = round(pixel[0] / 5)
@@ -84,16 +84,18 @@ def moved_by(shape_type: str, points: Sequence[float], distance: int) -> list[fl
 
 
 class Desk:
-    """A server and the command on it, with an engine in the place of the model."""
+    """A server and the command on it, with an client in the place of the model."""
 
     def __init__(self, server: CvatServer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.server = server
         self._monkeypatch = monkeypatch
 
-    def track(self, *options: str, engine: MovingEngine | None = None, job: int = 6) -> int:
+    def track(self, *options: str, client: MovingTrackingClient | None = None, job: int = 6) -> int:
         """Run the command and return its exit code."""
         self._monkeypatch.setattr(
-            track_task, "open_engine", lambda *_: MovingEngine() if engine is None else engine
+            track_task,
+            "open_tracking_client",
+            lambda *_: MovingTrackingClient() if client is None else client,
         )
         what = [] if "--task" in options else ["--job", str(job)]
         login = ["--server", self.server.url, "--auth", f"{USER}:{PASSWORD}"]

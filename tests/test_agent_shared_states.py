@@ -12,7 +12,7 @@ from cvat_cli._internal import agent_driver_tracking as driver
 from cvat_cli._internal.agent_driver import BadArError
 
 from agent import shared_states
-from agent.shared_states import KNOWN_VERSIONS, Followed, SharedStates, cvat_cli_is_known
+from agent.shared_states import KNOWN_VERSIONS, SharedStates, TrackingState, cvat_cli_is_known
 from errors import StateStoreUnavailableError
 from state_token import StateToken, new_id
 from testbed.redis_server import RedisServer
@@ -91,7 +91,7 @@ def test_state_comes_back_from_another_agent(
     """What one agent stored another one finds, with the shape type, and where it moved."""
     first = token()
     other = SharedStates(client=redis_server.client(), ttl_s=TTL_S)
-    name = states.store(Followed(first), "mask", 7, DIMS)
+    name = states.store(TrackingState(first), "mask", 7, DIMS)
 
     followed, shape_type = other.retrieve(name, 7, DIMS)
     assert (followed.token, shape_type) == (first, "mask")
@@ -103,7 +103,7 @@ def test_state_comes_back_from_another_agent(
 
 def test_state_lives_from_its_last_frame(states: SharedStates, client: redis.Redis) -> None:
     """Each move renews the state's life."""
-    name = states.store(Followed(token()), "mask", 7, DIMS)
+    name = states.store(TrackingState(token()), "mask", 7, DIMS)
     (key,) = client.keys(f"*{name.partition('.')[0]}*:agent:*")
     client.expire(key, 5)
 
@@ -117,7 +117,7 @@ def test_store_that_is_away_moves_nothing() -> None:
     server = fakeredis.FakeServer()
     states = SharedStates(client=fakeredis.FakeRedis(server=server), ttl_s=TTL_S)
     first = [token(), token()]
-    names = [states.store(Followed(one), "mask", 7, DIMS) for one in first]
+    names = [states.store(TrackingState(one), "mask", 7, DIMS) for one in first]
     moved = [states.retrieve(name, 7, DIMS)[0] for name in names]
     for one in moved:
         one.token = token()
@@ -154,7 +154,7 @@ def test_refusals_are_those_of_cvat_cli(
     theirs = driver._TrackingStateContainer()
     monkeypatch.setattr(driver, "_tracking_state_id_generator", new_id, raising=False)
     for container in (states, theirs):
-        kept = container.store(Followed(token()), "mask", 7, DIMS)
+        kept = container.store(TrackingState(token()), "mask", 7, DIMS)
         asked = kept if name is None else name
 
         with pytest.raises(BadArError, match=reason):

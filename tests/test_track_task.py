@@ -19,7 +19,7 @@ from tests.task_desk import (
     MASK,
     POLYGON,
     Desk,
-    MovingEngine,
+    MovingTrackingClient,
     desk,
     desk_with,
     frames_of,
@@ -63,8 +63,8 @@ def test_lost_objects_are_outside_until_they_are_found(desk: Desk) -> None:
     """On both sides of a change there are keyframes; a mask is not drawn where it is lost."""
     desk.server.add(6, "shapes", **shape("polygon", POLYGON))
     desk.server.add(6, "shapes", **shape("mask", MASK))
-    engine = MovingEngine(lost=lambda _, frame: 4 <= frame <= 6)
-    desk.track("--keyframe-every", "100", "--batch", "3", engine=engine)
+    client = MovingTrackingClient(lost=lambda _, frame: 4 <= frame <= 6)
+    desk.track("--keyframe-every", "100", "--batch", "3", client=client)
     (track,) = desk.server.tracks(6)
 
     assert visible(track) == {0: True, 3: True, 4: False, 6: False, 7: True, 11: True}
@@ -75,8 +75,8 @@ def test_lost_objects_are_outside_until_they_are_found(desk: Desk) -> None:
 def test_batches_leave_no_trace(desk: Desk, batch: str) -> None:
     """However often is written, the keyframes are those of one long batch."""
     desk.server.add(6, "shapes", **shape("polygon", POLYGON))
-    engine = MovingEngine(lost=lambda _, frame: frame == 8)
-    desk.track("--keyframe-every", "4", "--batch", batch, "--to-frame", "10", engine=engine)
+    client = MovingTrackingClient(lost=lambda _, frame: frame == 8)
+    desk.track("--keyframe-every", "4", "--batch", batch, "--to-frame", "10", client=client)
     (track,) = desk.server.tracks(6)
 
     frames = {0: True, 4: True, 7: True, 8: False, 9: True, 10: True, 11: False}
@@ -104,11 +104,11 @@ def test_a_track_starts_between_its_keyframes_and_keeps_those_beyond(
             keyframe("rectangle", 10, [8, 4, 28, 24], z_order=2),
         ],
     )
-    engine = MovingEngine()
-    desk.track("--from-frame", "2", "--to-frame", "6", "--keyframe-every", "100", engine=engine)
+    client = MovingTrackingClient()
+    desk.track("--from-frame", "2", "--to-frame", "6", "--keyframe-every", "100", client=client)
     (track,) = desk.server.tracks(6)
 
-    assert engine.starts == [(2, [4.0, 2.0, 24.0, 22.0])]
+    assert client.starts == [(2, [4.0, 2.0, 24.0, 22.0])]
     assert [key["frame"] for key in track["shapes"]] == [0, 2, 4, 6, 10]
     assert track["shapes"][2]["points"] == [6.0, 2.0, 26.0, 22.0]
     poses = [key["attributes"] for key in track["shapes"]]
@@ -135,11 +135,11 @@ def test_only_what_was_asked_for_is_followed(desk: Desk) -> None:
 def test_backwards_goes_to_the_first_frame(desk: Desk) -> None:
     """From the last frame that has objects; the track ends behind it."""
     desk.server.add(6, "shapes", **shape("polygon", POLYGON, frame=7))
-    engine = MovingEngine()
-    desk.track("--backwards", "--batch", "3", engine=engine)
+    client = MovingTrackingClient()
+    desk.track("--backwards", "--batch", "3", client=client)
     (track,) = desk.server.tracks(6)
 
-    assert engine.seen == list(range(7, -1, -1))
+    assert client.seen == list(range(7, -1, -1))
     assert visible(track) == dict.fromkeys(range(8), True) | {8: False}
     assert track["shapes"][0]["points"] == moved_by("polygon", POLYGON, -7)
 
@@ -168,8 +168,8 @@ def test_earlier_masks_go_where_the_object_is_not_found_now(desk: Desk) -> None:
     """Also when a whole batch finds nothing to put in their place."""
     desk.server.add(6, "shapes", **shape("mask", MASK))
     desk.track()
-    engine = MovingEngine(lost=lambda _, frame: 3 <= frame <= 9)
-    desk.track("--batch", "4", engine=engine)
+    client = MovingTrackingClient(lost=lambda _, frame: 3 <= frame <= 9)
+    desk.track("--batch", "4", client=client)
 
     assert [one["frame"] for one in desk.server.shapes(6)] == [0, 1, 2, 10, 11]
 
@@ -204,8 +204,8 @@ def test_a_summary_and_a_contact_sheet(
 ) -> None:
     """Frames, speed, and how often each object was lost."""
     desk.server.add(6, "shapes", **shape("polygon", POLYGON))
-    engine = MovingEngine(lost=lambda _, frame: frame in {3, 4})
-    desk.track("--out", str(tmp_path / "out"), engine=engine)
+    client = MovingTrackingClient(lost=lambda _, frame: frame in {3, 4})
+    desk.track("--out", str(tmp_path / "out"), client=client)
     printed = capsys.readouterr()
 
     assert "11 frames tracked" in printed.out
@@ -227,7 +227,7 @@ def test_the_bar_tells_frame_objects_lost_and_speed(
 
     monkeypatch.setattr(loop, "tqdm", Bar)
     desk.server.add(6, "shapes", **shape("polygon", POLYGON))
-    desk.track(engine=MovingEngine(lost=lambda _, frame: frame == 11))
+    desk.track(client=MovingTrackingClient(lost=lambda _, frame: frame == 11))
     last = screen.getvalue().rstrip().rpartition("\r")[2]
 
     assert last.startswith("frame 11: 100%")
@@ -249,12 +249,12 @@ def test_every_kind_of_task_gives_the_right_frames(
     desk = desk_with(task)
     for frame in (0, 11):
         desk.server.add(6, "shapes", **shape("polygon", POLYGON, frame=frame))
-    engine = MovingEngine()
-    code = desk.track(*options, engine=engine)
+    client = MovingTrackingClient()
+    code = desk.track(*options, client=client)
     numbers = [0, 1, 3, 4, 7, 9, 10, 11]
 
     assert code == 0
-    assert engine.seen == (numbers[::-1] if options else numbers)
+    assert client.seen == (numbers[::-1] if options else numbers)
     keyframes = [key["frame"] for key in desk.server.tracks(6)[0]["shapes"]]
     assert keyframes == numbers
 
@@ -265,13 +265,13 @@ def test_honeypots_are_skipped_and_such_tasks_get_shapes(
     """CVAT refuses tracks there, and another picture would confuse the tracker."""
     desk = desk_with(Task(frames_of(12), video=False, honeypots=[3, 9]))
     desk.server.add(6, "shapes", **shape("polygon", POLYGON))
-    engine = MovingEngine()
-    code = desk.track("--batch", "4", engine=engine)
+    client = MovingTrackingClient()
+    code = desk.track("--batch", "4", client=client)
     shapes = desk.server.shapes(6)
 
     assert code == 0
-    assert engine.seen == [frame for frame in range(12) if frame not in {3, 9}]
-    assert [one["frame"] for one in shapes] == engine.seen
+    assert client.seen == [frame for frame in range(12) if frame not in {3, 9}]
+    assert [one["frame"] for one in shapes] == client.seen
     assert len({one["group"] for one in shapes}) == 1
     assert "skipped: 2 honeypot frames (3, 9)" in capsys.readouterr().out
 
@@ -291,7 +291,7 @@ def test_the_next_chunk_is_fetched_while_the_model_works(desk: Desk) -> None:
 
     desk.server.before = note
     desk.server.add(6, "shapes", **shape("polygon", POLYGON))
-    desk.track(engine=MovingEngine(on_frame=wait))
+    desk.track(client=MovingTrackingClient(on_frame=wait))
 
     assert seen == [True, True]
 
@@ -308,10 +308,10 @@ def test_a_ground_truth_job_gives_only_its_own_frames(
     task = Task(frames, video=video, start=7, step=3, included=included, chunk_size=2)
     desk = desk_with(task)
     desk.server.add(6, "shapes", **shape("polygon", POLYGON, frame=3))
-    engine = MovingEngine()
+    client = MovingTrackingClient()
 
-    assert desk.track(engine=engine) == 0
-    assert engine.seen == included
+    assert desk.track(client=client) == 0
+    assert client.seen == included
     assert [key["frame"] for key in desk.server.tracks(6)[0]["shapes"]] == included
 
 
@@ -350,11 +350,11 @@ def test_a_task_goes_job_by_job(
     fields = {"frame": begin, "label_id": 6}
     desk.server.add(job, "shapes", **shape("polygon", POLYGON, **fields))
     desk.server.add(job, "shapes", **shape("mask", MASK, **fields))
-    engine = MovingEngine()
-    code = desk.track("--task", "6", "--batch", "4", *["--backwards"] * backwards, engine=engine)
+    client = MovingTrackingClient()
+    code = desk.track("--task", "6", "--batch", "4", *["--backwards"] * backwards, client=client)
 
     assert code == 0
-    assert sorted(engine.seen) == list(range(24))
+    assert sorted(client.seen) == list(range(24))
     groups = set()
     for number, frames in ranges.items():
         (track,) = desk.server.tracks(number)
@@ -409,8 +409,8 @@ def test_an_object_lost_at_the_overlap_is_handed_over_when_found(
     """Its track in the next job begins where it is seen."""
     desk = desk_with(overlapping())
     desk.server.add(6, "shapes", **shape("polygon", POLYGON))
-    engine = MovingEngine(lost=lambda _, frame: 6 <= frame <= 12)
-    desk.track("--task", "6", "--to-frame", "16", engine=engine)
+    client = MovingTrackingClient(lost=lambda _, frame: 6 <= frame <= 12)
+    desk.track("--task", "6", "--to-frame", "16", client=client)
     (track,) = desk.server.tracks(7)
 
     assert visible(track) == dict.fromkeys(range(13, 17), True)

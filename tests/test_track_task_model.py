@@ -1,4 +1,4 @@
-"""The command with the real engine: the masks of every other door, and a process that is killed."""
+"""The command with the real client: the masks of every other door, and a process that is killed."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_masks_are_those_of_a_video_file(
     video: bool,
     overlap: int,
 ) -> None:
-    """For every type of shape, through two jobs and several chunks: one engine, two doors."""
+    """For every type of shape, through two jobs and several chunks: one client, two doors."""
     task = Task(pictures, video=video, segment_size=6, overlap=overlap)
     server = desk_with(task).server
     draw(server)

@@ -21,7 +21,7 @@ from tests.task_desk import (
     MASK,
     POLYGON,
     Desk,
-    MovingEngine,
+    MovingTrackingClient,
     desk,
     desk_with,
     frames_of,
@@ -85,16 +85,16 @@ def test_a_repeat_ends_as_if_nothing_had_happened(
     setattr(desk.server, moment, count)
     first = desk.track("--task", "6", "--batch", "4")
     desk.server.before = desk.server.after = lambda _: None
-    engine = MovingEngine()
-    code = desk.track("--task", "6", "--batch", "4", engine=engine)
+    client = MovingTrackingClient()
+    code = desk.track("--task", "6", "--batch", "4", client=client)
 
     assert first == 6
     assert code == 0
     assert everything(desk.server) == undisturbed
-    assert engine.seen == sorted(set(engine.seen))
-    assert engine.seen[-1] == 16
+    assert client.seen == sorted(set(client.seen))
+    assert client.seen[-1] == 16
     # What stands is not tracked again: four frames in each two writes of a job.
-    assert engine.seen[0] >= {0: 0, 1: 0, 2: 4, 3: 4, 4: 8, 5: 8}.get(nth, 8)
+    assert client.seen[0] >= {0: 0, 1: 0, 2: 4, 3: 4, 4: 8, 5: 8}.get(nth, 8)
 
 
 def test_a_repeat_may_write_more_or_less_often(
@@ -132,16 +132,18 @@ def test_ctrl_c_writes_what_is_found_and_a_repeat_goes_on(
         if frame == 6:
             os.kill(os.getpid(), signal.SIGINT)
 
-    code = desk.track("--task", "6", "--batch", "4", engine=MovingEngine(on_frame=interrupt))
+    code = desk.track(
+        "--task", "6", "--batch", "4", client=MovingTrackingClient(on_frame=interrupt)
+    )
     (track,) = desk.server.tracks(6)
-    engine = MovingEngine()
-    again = desk.track("--task", "6", "--batch", "4", engine=engine)
+    client = MovingTrackingClient()
+    again = desk.track("--task", "6", "--batch", "4", client=client)
 
     assert code == 130
     assert visible(track) == dict.fromkeys(range(7), True) | {7: False}
     assert "interrupted" in capsys.readouterr().out
     assert again == 0
-    assert engine.seen == list(range(6, 17))
+    assert client.seen == list(range(6, 17))
     assert everything(desk.server) == undisturbed
 
 
@@ -156,13 +158,13 @@ def test_a_second_ctrl_c_ends_at_once_and_loses_one_batch(
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-    code = desk.track("--batch", "4", engine=MovingEngine(on_frame=interrupt))
-    engine = MovingEngine()
-    desk.track("--batch", "4", engine=engine)
+    code = desk.track("--batch", "4", client=MovingTrackingClient(on_frame=interrupt))
+    client = MovingTrackingClient()
+    desk.track("--batch", "4", client=client)
 
     assert code == 130
     assert "goes on after the last batch" in capsys.readouterr().err
-    assert engine.seen == list(range(4, 12))
+    assert client.seen == list(range(4, 12))
     assert visible(desk.server.tracks(6)[0]) == dict.fromkeys(range(12), True)
     assert [one["frame"] for one in desk.server.shapes(6, type="mask")] == list(range(12))
 
@@ -178,12 +180,12 @@ def test_an_object_lost_when_interrupted_is_taken_up_where_it_was_seen(desk: Des
     def lost(shape_type: str, frame: int) -> bool:
         return shape_type == "mask" and 4 <= frame <= 8
 
-    desk.track("--batch", "4", engine=MovingEngine(lost, interrupt))
-    engine = MovingEngine(lost)
-    desk.track("--batch", "4", engine=engine)
+    desk.track("--batch", "4", client=MovingTrackingClient(lost, interrupt))
+    client = MovingTrackingClient(lost)
+    desk.track("--batch", "4", client=client)
 
-    assert engine.seen == list(range(3, 12))
-    assert [start[0] for start in engine.starts] == [3, 7]
+    assert client.seen == list(range(3, 12))
+    assert [start[0] for start in client.starts] == [3, 7]
     masks = [one["frame"] for one in desk.server.shapes(6, type="mask")]
     assert masks == [0, 1, 2, 3, 9, 10, 11]
 
@@ -196,13 +198,13 @@ def test_a_correction_before_the_repeat_counts(desk: Desk) -> None:
         if frame == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    desk.track(engine=MovingEngine(on_frame=interrupt))
+    desk.track(client=MovingTrackingClient(on_frame=interrupt))
     moved = moved_by("polygon", POLYGON, 30)
     desk.server.data[6]["tracks"][0]["shapes"][5]["points"] = moved
-    engine = MovingEngine()
-    desk.track(engine=engine)
+    client = MovingTrackingClient()
+    desk.track(client=client)
 
-    assert (5, moved) in engine.starts
+    assert (5, moved) in client.starts
     keyframes = desk.server.tracks(6)[0]["shapes"]
     assert keyframes[5]["points"] == moved
     assert keyframes[6]["points"] == moved_by("polygon", moved, 1)
@@ -216,7 +218,7 @@ def test_a_repeat_says_what_is_gone(desk: Desk, capsys: pytest.CaptureFixture[st
         if frame == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    desk.track(engine=MovingEngine(on_frame=interrupt))
+    desk.track(client=MovingTrackingClient(on_frame=interrupt))
     desk.server.remove(6, "tracks", desk.server.tracks(6)[0]["id"])
     code = desk.track()
 
@@ -258,14 +260,14 @@ def test_restart_begins_anew(desk: Desk, capsys: pytest.CaptureFixture[str]) -> 
     dry = desk.track("--batch", "4", "--dry-run")
     unchanged = desk.server.annotations(6)
     said = capsys.readouterr().out
-    engine = MovingEngine()
-    desk.track("--batch", "4", "--restart", engine=engine)
+    client = MovingTrackingClient()
+    desk.track("--batch", "4", "--restart", client=client)
 
     assert len(half_written["shapes"]) > 5
     assert dry == 0
     assert "going on after frame 4" in said
     assert unchanged == half_written
-    assert engine.seen == list(range(12))
+    assert client.seen == list(range(12))
     assert len(desk.server.tracks(6)) == 1
     assert [one["frame"] for one in desk.server.shapes(6, type="mask")] == list(range(12))
     assert not desk.server.shapes(6, type="polygon")
@@ -281,7 +283,7 @@ def test_a_failing_engine_keeps_what_was_found(
         if frame == 6:
             raise TrackerError("the function has gone")
 
-    code = desk.track(engine=MovingEngine(on_frame=fail))
+    code = desk.track(client=MovingTrackingClient(on_frame=fail))
 
     assert code == 1
     assert "the function has gone" in capsys.readouterr().err
@@ -354,7 +356,7 @@ def test_what_somebody_changes_meanwhile_is_theirs(
             theirs.append(without_ids(track))
             desk.server.add(6, "shapes", **shape("polygon", POLYGON, frame=8))
 
-    code = desk.track("--batch", "4", engine=MovingEngine(on_frame=annotate))
+    code = desk.track("--batch", "4", client=MovingTrackingClient(on_frame=annotate))
     tracks = desk.server.tracks(6)
     polygon, ellipse = sorted(tracks, key=lambda one: one["shapes"][0]["type"], reverse=True)
 
@@ -370,16 +372,16 @@ def test_what_somebody_changes_meanwhile_is_theirs(
 def test_what_somebody_deletes_meanwhile_stays_deleted(desk: Desk) -> None:
     """An object that is not wanted any more does not come back."""
     desk.server.add(6, "shapes", **shape("polygon", POLYGON))
-    engine = MovingEngine(
+    client = MovingTrackingClient(
         on_frame=lambda frame: (
             desk.server.remove(6, "tracks", desk.server.tracks(6)[0]["id"]) if frame == 6 else None
         )
     )
-    code = desk.track("--batch", "4", engine=engine)
+    code = desk.track("--batch", "4", client=client)
 
     assert code == 0
     assert not desk.server.tracks(6)
-    assert engine.seen == list(range(9))  # nothing is left to track
+    assert client.seen == list(range(9))  # nothing is left to track
 
 
 def test_what_somebody_changes_while_it_is_written_stays(
@@ -436,7 +438,7 @@ def test_an_earlier_shape_that_somebody_corrects_meanwhile_stays(desk: Desk) -> 
             (there,) = (one for one in desk.server.data[6]["shapes"] if one["frame"] == 9)
             there["points"] = corrected
 
-    desk.track("--batch", "4", engine=MovingEngine(on_frame=correct))
+    desk.track("--batch", "4", client=MovingTrackingClient(on_frame=correct))
     masks = desk.server.shapes(6)
 
     assert [one["frame"] for one in masks] == list(range(12))
@@ -455,13 +457,13 @@ def test_a_chunk_that_does_not_come_keeps_what_was_found(desk: Desk) -> None:
     code = desk.track()
     frames = visible(desk.server.tracks(6)[0])
     desk.server.before = lambda _: None
-    engine = MovingEngine()
-    again = desk.track(engine=engine)
+    client = MovingTrackingClient()
+    again = desk.track(client=client)
 
     assert code == 6
     assert frames == dict.fromkeys(range(8), True) | {8: False}
     assert again == 0
-    assert engine.seen == list(range(7, 12))
+    assert client.seen == list(range(7, 12))
     assert visible(desk.server.tracks(6)[0]) == dict.fromkeys(range(12), True)
 
 
@@ -515,11 +517,11 @@ def test_errors_of_writing(
             raise Refusal(status, {"detail": "no"})
 
     desk.server.before = refuse
-    engine = MovingEngine()
+    client = MovingTrackingClient()
 
-    assert desk.track("--batch", "4", engine=engine) == code
+    assert desk.track("--batch", "4", client=client) == code
     assert desk.server.annotations(6) == before
-    assert max(engine.seen) <= 4
+    assert max(client.seen) <= 4
     assert "track_task: " in capsys.readouterr().err
 
 

@@ -17,9 +17,9 @@ from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 
 import track_video
-from clips.cvat_xml import CvatXmlWriter, Prompt, read_cvat_xml
+from clips.cvat_xml import CvatXmlWriter, InitialShape, read_cvat_xml
 from clips.reader import open_clip
-from clips.tracking_client import RemoteEngine
+from clips.tracking_client import RemoteTrackingClient
 from errors import BadRequestError
 from object_requests import Continue, Start
 from shapes import Shape, ShapeType, encode_cvat_rle
@@ -79,7 +79,7 @@ class ScriptedEngine:
         """Hold nothing."""
 
     def track(self, _frame: Image.Image, items: Sequence[Start | Continue]) -> list[TrackedObject]:
-        """See `Engine.track`."""
+        """See `TrackingClient.track`."""
         self._number += 1
         self._on_frame(self._number)
         lost = self._number in self._lost_at
@@ -108,7 +108,7 @@ def tracks_in(path: Path) -> list[Any]:
     return list(defusedxml.ElementTree.fromstring(path.read_text()).iter("track"))
 
 
-SQUARE = Prompt("square", Shape(ShapeType.POLYGON, [0, 5, 9, 5, 9, 14, 0, 14]), 0)
+SQUARE = InitialShape("square", Shape(ShapeType.POLYGON, [0, 5, 9, 5, 9, 14, 0, 14]), 0)
 
 
 @pytest.mark.usefixtures("environment")
@@ -172,7 +172,7 @@ def test_a_track_that_ends_early_is_closed_and_a_lost_object_is_outside(tmp_path
     assert read_cvat_xml(tmp_path / "annotations.xml") == [SQUARE_AS_FOUND]
 
 
-SQUARE_AS_FOUND = Prompt(
+SQUARE_AS_FOUND = InitialShape(
     "square", Shape(ShapeType.POLYGON, [0.0, 5.0, 9.0, 5.0, 9.0, 14.0, 0.0, 14.0]), 0
 )
 
@@ -229,7 +229,7 @@ def test_a_video_file_is_read_in_both_directions(tmp_path: Path, *, backwards: b
 
 def test_backwards_tracks_stand_in_the_order_of_the_clip(clip: Path, tmp_path: Path) -> None:
     """A track from frame 5 down to 2 is written from 2 up, and closed behind 5."""
-    prompt = Prompt("square", SQUARE.shape, 5)
+    prompt = InitialShape("square", SQUARE.shape, 5)
     track_clip(open_clip(clip), [prompt], ScriptedEngine(), tmp_path, last_frame=2, backwards=True)
     (track,) = tracks_in(tmp_path / "annotations.xml")
 
@@ -285,9 +285,12 @@ def test_malformed_xml_is_refused(tmp_path: Path, text: str) -> None:
     ("arguments", "message"),
     [
         ({"last_frame": 99}, "last frame 99 does not lie between 0 and 19"),
-        ({"prompts": [Prompt("late", SQUARE.shape, 20)]}, "late starts on frame 20: .* has 20"),
         (
-            {"prompts": [SQUARE, Prompt("late", SQUARE.shape, 15)], "last_frame": 5},
+            {"prompts": [InitialShape("late", SQUARE.shape, 20)]},
+            "late starts on frame 20: .* has 20",
+        ),
+        (
+            {"prompts": [SQUARE, InitialShape("late", SQUARE.shape, 15)], "last_frame": 5},
             "late starts on frame 15, behind the last frame 5",
         ),
     ],
@@ -343,7 +346,7 @@ def test_images_are_turned_as_their_exif_says(tmp_path: Path) -> None:
 def test_a_url_without_a_scheme_is_refused_without_repeating() -> None:
     """It cannot become right by waiting."""
     with (
-        closing(RemoteEngine("127.0.0.1:8070")) as engine,
+        closing(RemoteTrackingClient("127.0.0.1:8070")) as client,
         pytest.raises(BadRequestError, match=r"127\.0\.0\.1:8070"),
     ):
-        engine.track(Image.new("RGB", (8, 8)), [Start(SQUARE.shape)])
+        client.track(Image.new("RGB", (8, 8)), [Start(SQUARE.shape)])
