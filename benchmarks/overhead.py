@@ -40,7 +40,6 @@ import uvicorn
 import local_server
 import main as door
 import tracker
-import tracker
 from benchmarks.clip import JPEG_QUALITY, draw_discs
 from benchmarks.contenders import Traffic
 from benchmarks.harness import describe_machine, machine, write_json
