@@ -1,7 +1,7 @@
-"""Makes SAM 2 checkpoints of the real configs with seeded random weights that react to memory.
+"""Write SAM 2 checkpoints for the real configs with seeded random weights that react to memory.
 
-Plain random weights give scores that hardly depend on what came before; scaled like this they are
-a sensitive detector of any inexactness. Not for looking at.
+With plain random weights a frame's scores hardly depend on the memory bank. Scaled as here they do,
+so that small numerical differences show in the masks. The masks themselves mean nothing.
 """
 
 from __future__ import annotations
