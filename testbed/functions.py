@@ -111,13 +111,17 @@ class Replica:
 
     def __init__(self, environment: dict[str, str], *, log: Path | None = None) -> None:
         self.port = free_port()
-        command = [sys.executable, "local_server.py", "--port", str(self.port)]
         self._log = log or Path(os.devnull)
-        with self._log.open("ab") as output:
-            self.process = subprocess.Popen(
+        self.process = self._start(["--port", str(self.port)], environment, self._log)
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
+
+    def _start(self, arguments: list[str], environment: dict[str, str], log: Path) -> Any:
+        """Start the process and return its `Popen`."""
+        command = [sys.executable, "local_server.py", *arguments]
+        with log.open("ab") as output:
+            return subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
             )
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
 
     def wait(self) -> None:
         """Wait until the server is healthy; fail if the process ends."""

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from testbed.drawn_frames import jpeg_frames
+from testbed.forked_replica import ForkedReplica
 from testbed.functions import ROOT, Replica
 from tests.reference import write_frames
 
@@ -49,7 +50,7 @@ def function_server(model_environment: dict[str, str]) -> Iterator[Replica]:
         for name, value in os.environ.items()
         if not name.startswith(("SAM2_", "CVAT_FUNCTIONS_"))
     }
-    server = Replica(clean | model_environment | {"OMP_NUM_THREADS": "1"})
+    server = ForkedReplica(clean | model_environment | {"OMP_NUM_THREADS": "1"})
     server.wait()
     yield server
     server.kill()

@@ -13,6 +13,7 @@ import pytest
 
 from shapes import encode_cvat_rle
 from testbed.drawn_frames import base64_text, blob_mask, block_mask, jpeg_frames
+from testbed.forked_replica import ForkedReplica
 from testbed.functions import Function, Replica
 from testbed.redis_server import RedisServer
 
@@ -29,7 +30,7 @@ def start_replicas(
     environment = os.environ | model_environment | redis_server.environment
 
     def start(count: int) -> list[Replica]:
-        new = [Replica(environment) for _ in range(count)]
+        new: list[Replica] = [ForkedReplica(environment) for _ in range(count)]
         started.extend(new)
         for replica in new:
             replica.wait()
