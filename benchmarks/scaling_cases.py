@@ -66,7 +66,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Figures:
-    """The results of a case. Rates are of all tracks together; quantiles only come simulated."""
+    """The results of a case. Rates are of all tracks together; only simulations have quantiles."""
 
     frames_s: float  # objects x frames
     frames_s_track: float

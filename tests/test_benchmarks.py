@@ -48,9 +48,9 @@ def test_objects_are_timed_alternately_with_both_references(
     run: Callable[..., dict[str, Any]],
 ) -> None:
     """There is a row per number of objects, with medians, ratios and bytes per object."""
-    one, two = run(objects.main, "--objects", "1", "2", "--frames", "2", *SMALL)["rows"]
+    single, double = run(objects.main, "--objects", "1", "2", "--frames", "2", *SMALL)["rows"]
 
-    for row, count in ((one, 1), (two, 2)):
+    for row, count in ((single, 1), (double, 2)):
         assert row["objects"] == count
         assert row["ours_over_predictor"] == pytest.approx(
             row["ours_ms"] / row["predictor_ms"], rel=0.01
@@ -61,8 +61,8 @@ def test_objects_are_timed_alternately_with_both_references(
         assert row["found"] == count
         assert row["iou_predictor"] > 0.95  # all do the same work
         assert row["iou_loop"] > 0.6  # it resizes differently
-    assert one["written_bytes"] == pytest.approx(two["written_bytes"], rel=0.1)
-    assert one["read_bytes"] < one["loop_read_bytes"]
+    assert single["written_bytes"] == pytest.approx(double["written_bytes"], rel=0.1)
+    assert single["read_bytes"] < single["loop_read_bytes"]
 
 
 def test_a_long_track_is_compared_with_a_young_one(run: Callable[..., dict[str, Any]]) -> None:
