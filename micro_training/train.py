@@ -165,7 +165,7 @@ def main() -> None:
     """Train, or resume training, and write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1650)
-    parser.add_argument("--folder", type=Path, default=Path("out/micro_training"))
+    parser.add_argument("--folder", type=Path, default=Path("micro_training/runs/micro"))
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
