@@ -79,8 +79,8 @@ def all_imports(name: str) -> set[str]:
 
 
 def offenders(names: Collection[str], forbidden: set[str]) -> dict[str, set[str]]:
-    """Return the modules that need something forbidden, with what they need."""
-    return {name: found for name in names if (found := all_imports(name) & forbidden)}
+    """Return the modules with forbidden imports, direct or indirect, and these imports."""
+    return {name: bad for name in names if (bad := all_imports(name) & forbidden)}
 
 
 def group_of(name: str) -> str:
@@ -117,4 +117,4 @@ def test_imports_point_from_outer_folders_to_inner_ones(group: str) -> None:
     forbidden = (MODULES.keys() | {"tests"}) - allowed
 
     assert names
-    assert {name: found for name in names if (found := GRAPH[name] & forbidden)} == {}
+    assert {name: bad for name in names if (bad := GRAPH[name] & forbidden)} == {}
