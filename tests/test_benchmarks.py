@@ -22,9 +22,17 @@ from benchmarks import (
     sizes,
     task_frames,
 )
+from testbed.forked_replica import ForkedReplica
+from testbed.functions import Replica
 
 MICRO = ["--model-id", "micro", "--device", "cpu", "--image-size", "256"]
 SMALL = ["--size", "90", "160"]
+
+
+@pytest.fixture(autouse=True)
+def _forked_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start replicas quickly: what these tests check does not depend on how long it takes."""
+    monkeypatch.setattr(Replica, "_start", ForkedReplica._start)
 
 
 @pytest.fixture
