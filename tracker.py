@@ -105,8 +105,8 @@ class Frame:
     image: Callable[[], Image.Image]
 
     @classmethod
-    def at_hand(cls, image: Image.Image) -> Frame:
-        """Return an RGB picture as a frame; its pixels name it."""
+    def from_image(cls, image: Image.Image) -> Frame:
+        """Return an RGB image as a frame; its key is a hash of its pixels."""
         size_hw = (image.height, image.width)
         pixels = hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
         return cls(f"{size_hw} {pixels}", size_hw, lambda: image)
