@@ -13,14 +13,8 @@ import torch
 from PIL import Image
 
 from errors import SettingsError
-from model_handler import (
-    IMAGE_MEAN,
-    IMAGE_STD,
-    FrameFeatures,
-    ModelHandler,
-    ObjectOutput,
-    fill_holes,
-)
+from mask_regions import fill_holes
+from model_handler import IMAGE_MEAN, IMAGE_STD, FrameFeatures, ModelHandler, ObjectOutput
 from model_loader import compile_network, load_model, pick_device
 from settings import Settings
 from shapes import ShapeType
