@@ -44,23 +44,33 @@ def test_cuda_on_a_machine_without_is_refused_with_what_to_do() -> None:
         pick_device(missing)
 
 
-def test_a_model_for_a_cpu_touches_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SAM 2's constructors put tensors on the first GPU wherever CUDA is available."""
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_building_a_model_uses_no_gpu(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """SAM 2's constructors use the first GPU if CUDA is available; the model is moved later."""
+    moved_to: list[torch.device] = []
 
-    def touched() -> NoReturn:
+    def move(model: SAM2VideoPredictor, device: torch.device) -> SAM2VideoPredictor:
+        moved_to.append(device)
+        return model
+
+    def fail() -> NoReturn:
         pytest.fail("CUDA was initialised")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "_lazy_init", touched)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", fail)
+    monkeypatch.setattr(SAM2VideoPredictor, "to", move)
+    model, _ = load_predictor(replace(MICRO, device=device))
 
-    model, _ = load_predictor(MICRO)
-    assert {layer.cross_attn_image.freqs_cis.device.type for layer in _layers(model)} == {"cpu"}
+    assert moved_to == [torch.device(device)]
+    for layer in model.memory_attention.layers:
+        assert layer.cross_attn_image.freqs_cis.device.type == "cpu"
 
 
-def test_tables_of_positions_are_made_on_the_device_of_the_features(
+def test_position_encodings_are_computed_on_the_device_of_the_features(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One that stayed on the CPU from building would be copied to the GPU for every frame."""
+    """Those from building, on the CPU, would be copied to the GPU for every frame."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     model, _ = load_predictor(MICRO)
 
@@ -68,10 +78,8 @@ def test_tables_of_positions_are_made_on_the_device_of_the_features(
     assert model.memory_encoder.position_encoding.cache == {}
 
 
-def test_a_device_that_fails_is_not_taken_for_a_wrong_config(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The message names the setting of the device and has the reason in one line."""
+def test_a_device_that_fails_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as a wrong config; the message names the setting and has the reason in one line."""
 
     def full(*_: object) -> NoReturn:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 MiB")
@@ -88,7 +96,7 @@ def test_a_device_that_fails_is_not_taken_for_a_wrong_config(
 def test_a_model_that_fills_the_device_is_refused_at_the_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The start ends with what to set, not with a traceback."""
+    """The start ends with a line that says what to set, not with a traceback."""
 
     def full(*_: object) -> NoReturn:
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -106,7 +114,7 @@ def test_a_model_that_fills_the_device_is_refused_at_the_start(
 def test_compiling_without_a_compiler_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, variable: str
 ) -> None:
-    """In one line, before anything is loaded; the variable that names a compiler is respected."""
+    """In one line; CC and CXX may name a compiler that is not on the PATH."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("CXX", raising=False)
@@ -124,7 +132,7 @@ def test_compiling_without_a_compiler_is_refused(
 def test_a_missing_compiler_stops_the_start(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The check belongs to loading."""
+    """Before anything is loaded."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
 
@@ -198,7 +206,3 @@ def test_requests_find_every_graph_compiled(graphs: list[str]) -> None:
 
     assert len(tokens) == 8
     assert len(graphs) == at_start
-
-
-def _layers(model: SAM2VideoPredictor) -> Any:
-    return model.memory_attention.layers
