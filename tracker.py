@@ -332,12 +332,12 @@ def build_tracker(settings: Settings, store: StateStore) -> Tracker:
         SettingsError: See `model_loader.load_model`; or one object does not fit into the device's
             memory.
     """
-    model = load_model(settings)
     try:
+        model = load_model(settings)
         warm_up(model)
     except torch.OutOfMemoryError as err:
         raise SettingsError(
-            f"{model.device} has too little memory for one object: {MORE_MEMORY}"
+            f"SAM2_DEVICE={settings.device!r} has too little memory for one object: {MORE_MEMORY}"
         ) from err
     return Tracker(
         model=model,

@@ -103,7 +103,7 @@ def test_a_model_that_fills_the_device_is_refused_at_the_start(
 
     monkeypatch.setattr(SAM2VideoPredictor, "forward_image", full)
 
-    with pytest.raises(SettingsError, match=r"cpu has too little memory for .*SAM2_IMAGE_SIZE"):
+    with pytest.raises(SettingsError, match=r"^SAM2_DEVICE='cpu' has too little .*SAM2_IMAGE_SIZE"):
         build_tracker(MICRO, MemoryStateStore(state_ttl_s=60, retry_window_s=60))
 
 
