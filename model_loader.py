@@ -53,7 +53,7 @@ def load_model(settings: Settings) -> ModelHandler:
 
     Raises:
         SettingsError: Files are missing, do not fit each other or cannot be downloaded, the device
-            is missing or fails, or the compiler is missing; the message says what to do.
+            is missing or fails, or compiling is not possible; the message says what to do.
     """
     if settings.compile:
         require_compiler(pick_device(settings.device))
@@ -122,22 +122,21 @@ def compile_network(model: SAM2VideoPredictor, **options: Any) -> None:  # noqa:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Check that there is the compiler that `torch.compile` needs for a device.
+    """Check that `torch.compile` can work for a device.
 
     Raises:
-        SettingsError: There is none.
+        SettingsError: The device is no GPU, or there is no C compiler.
 
-    Source: `triton/runtime/build.py` (`_build`) for CUDA, `torch/_inductor/config.py` (`cpp.cxx`).
+    Source: `triton/runtime/build.py` (`_build`).
     """
-    language, variable, commands = (
-        ("C", "CC", ("gcc", "clang")) if device.type == "cuda" else ("C++", "CXX", ("g++",))
-    )
-    if variable in os.environ:
-        commands = (os.environ[variable],)
+    if device.type != "cuda":
+        # No gain on a CPU, where PyTorch 2.13 also fails at memory attention of several objects.
+        raise SettingsError(f"SAM2_COMPILE=on needs a GPU, and the device is {device}: unset it")
+    commands = (os.environ["CC"],) if "CC" in os.environ else ("gcc", "clang")
     if not any(map(shutil.which, commands)):
         raise SettingsError(
-            f"SAM2_COMPILE=on needs a {language} compiler, and {' or '.join(commands)} is not "
-            f"found: install one, name another in {variable}, or unset SAM2_COMPILE"
+            f"SAM2_COMPILE=on needs a C compiler, and {' or '.join(commands)} is not found: "
+            "install one, name another in CC, or unset SAM2_COMPILE"
         )
 
 
