@@ -54,11 +54,11 @@ def decoded(data: bytes, step_id: str, fingerprint: str = MODEL) -> TrackState:
 def rewritten(data: bytes, *, tensors: Any = None, drop: str = "", **metadata: str) -> bytes:
     """Return a safetensors file with other tensors or metadata."""
     length = struct.unpack("<Q", data[:8])[0]
-    found = json.loads(data[8 : 8 + length])["__metadata__"] | metadata
-    found.pop(drop, None)
+    fields = json.loads(data[8 : 8 + length])["__metadata__"] | metadata
+    fields.pop(drop, None)
     if tensors is None:
         tensors = safetensors.torch.load(data)
-    return safetensors.torch.save(tensors, found)
+    return safetensors.torch.save(tensors, fields)
 
 
 def with_record(data: bytes, **changes: Any) -> bytes:
