@@ -39,6 +39,7 @@ import uvicorn
 
 import local_server
 import main as entry_point
+import track_storage
 import tracker
 from benchmarks.clip import JPEG_QUALITY, draw_discs
 from benchmarks.harness import describe_machine, machine, write_json
@@ -67,11 +68,11 @@ PARTS: dict[str, list[tuple[object, str]]] = {
     "decode": [(entry_point, "decode_image")],
     "resize, normalise": [(ModelHandler, "pixels")],
     "Redis read": [(RedisStateStore, "load_states"), (RedisStateStore, "load_memories")],
-    "state decode": [(tracker, "decode_state"), (tracker, "decode_memory")],
+    "state decode": [(track_storage, "decode_state"), (track_storage, "decode_memory")],
     "around the network": [(ModelHandler, "step")],
     "masks to full size": [(ModelHandler, "full_size_mask")],
     "shapes": [(tracker, "mask_to_shape"), (tracker, "mask_to_box")],
-    "state encode": [(tracker, "encode_state"), (tracker, "encode_memory")],
+    "state encode": [(track_storage, "encode_state"), (track_storage, "encode_memory")],
     "Redis write": [(RedisStateStore, "claim"), (RedisStateStore, "save")],
     "answer JSON": [(entry_point, "format_tracker_answer"), (entry_point, "to_json")],
 }

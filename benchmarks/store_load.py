@@ -67,7 +67,7 @@ class NoNetwork:
         frame: FrameFeatures,
         states: Sequence[TrackState],
         _memories: Mapping[str, torch.Tensor],
-        _before_batch: Callable[[], None],
+        *_callbacks: Callable[[], None],
     ) -> list[ObjectOutput]:
         """Return an output with new memory features for each object."""
         return [self.start_from_box(frame, (0, 0, 1, 1)) for _ in states]

@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "benchmarks": PRODUCT | {"testbed", "micro_training"},
 }
 CORE = {
-    "errors", "model_handler", "model_loader", "object_requests", "rearranged", "shapes",
-    "state_store", "state_token", "track_state", "tracker",
+    "errors", "mask_regions", "model_handler", "model_loader", "object_requests", "rearranged",
+    "report", "shapes", "state_store", "state_token", "track_state", "track_storage", "tracker",
+    "warm_up",
 }  # fmt: skip
 WIRE = {"images", "local_server", "main", "nuclio_door", "protocol"}
 WITHOUT_TORCH = {

@@ -114,8 +114,9 @@ def test_simulated_caches_miss_what_real_replicas_read(redis_server: RedisServer
             for _ in range(3)
         ]
         for tracker in trackers:
-            load = tracker._store.load_memories
-            tracker._store.load_memories = lambda keys, load=load: (  # type: ignore[method-assign,misc]
+            store = tracker._storage._store
+            load = store.load_memories
+            store.load_memories = lambda keys, load=load: (  # type: ignore[method-assign,misc]
                 read.append(len(keys)) or load(keys)  # type: ignore[func-returns-value]
             )
         caches = [MemoryCache(capacity) for _ in trackers]
