@@ -21,23 +21,23 @@ from micro_training.function_client import FunctionClient
 from micro_training.held_out import choose_held_out
 from micro_training.metrics import region_iou
 from model_handler import FrameFeatures, ModelHandler, ObjectOutput
-from model_loader import load_model
+from model_loader import PREDICTOR_OPTIONS, load_model
 from rearranged import RearrangedMemoryAttention, _OnlineSoftmax, _StripwiseBlock, rearrange
 from settings import Settings
 from shapes import ShapeType, mask_to_box
 from testbed.drawn_frames import SIZE_HW, blob_mask, block_mask, jpeg_frames
 from testbed.functions import CONFIG, IMAGE_SIZE
-from testbed.random_weights import write_checkpoint
+from testbed.random_weights import make_sensitive
 from track_state import PastFrame, TrackState
 
 FRAMES = 18  # more than SAM 2 remembers
 
 
-def load(checkpoint: Path, *, bit_exact: bool, config: str = CONFIG) -> ModelHandler:
+def load(checkpoint: Path, *, bit_exact: bool) -> ModelHandler:
     """Load a test model with weights that amplify small differences."""
     return load_model(
         Settings(
-            config=config,
+            config=CONFIG,
             checkpoint=str(checkpoint),
             image_size=IMAGE_SIZE,
             device="cpu",
@@ -59,17 +59,25 @@ def rearranged(checkpoint: Path) -> ModelHandler:
 
 
 @pytest.fixture(scope="module", params=["t", "s", "b+", "l"])
-def both(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[ModelHandler, ModelHandler]:
+def both(request: pytest.FixtureRequest) -> tuple[ModelHandler, ModelHandler]:
     """Each size of SAM 2.1: its own modules, and the same weights in the faster modules."""
-    config = f"configs/sam2.1/sam2.1_hiera_{request.param}.yaml"
-    checkpoint = write_checkpoint(config, tmp_path_factory.mktemp("weights") / "weights.pt")
-    own = load(checkpoint, bit_exact=True, config=config)
-    checkpoint.unlink()  # up to 0.9 GB, which pytest would keep
+    config = OmegaConf.load(
+        Path(sam2.__path__[0]) / f"configs/sam2.1/sam2.1_hiera_{request.param}.yaml"
+    )
+    options = OmegaConf.merge(config.model, PREDICTOR_OPTIONS, {"image_size": IMAGE_SIZE})
+    torch.manual_seed(0)
+    model = instantiate(options, _recursive_=True).eval()
+    make_sensitive(model)
+    own = ModelHandler(model, fingerprint="", batch_objects=1, feature_cache_frames=4)
     rearranged = copy.deepcopy(own)
     rearrange(rearranged._model)
     return own, rearranged
+
+
+@pytest.fixture(scope="module")
+def steps(exact: ModelHandler) -> tuple[list[TrackState], dict[str, torch.Tensor]]:
+    """An object's states after each frame of the clip, and all its frame memories."""
+    return states_along_the_clip(exact)
 
 
 def features_of(model: ModelHandler, index: int) -> FrameFeatures:
@@ -163,18 +171,24 @@ def test_starts_and_the_step_after_are_alike(both: tuple[ModelHandler, ModelHand
         assert_steps_alike(exact, rearranged, state, {"0": expected.memory})
 
 
-def test_steps_from_equal_states_are_alike(exact: ModelHandler, rearranged: ModelHandler) -> None:
+def test_steps_from_equal_states_are_alike(
+    exact: ModelHandler,
+    rearranged: ModelHandler,
+    steps: tuple[list[TrackState], dict[str, torch.Tensor]],
+) -> None:
     """With one memory, with some, and with a full memory bank and all object pointers."""
-    states, memories = states_along_the_clip(exact)
+    states, memories = steps
     for index in (1, 3, 9, FRAMES - 1):
         assert_steps_alike(exact, rearranged, states[index - 1], memories)
 
 
 def test_a_second_conditioning_frame_is_attended_to(
-    exact: ModelHandler, rearranged: ModelHandler
+    exact: ModelHandler,
+    rearranged: ModelHandler,
+    steps: tuple[list[TrackState], dict[str, torch.Tensor]],
 ) -> None:
     """The memory bank then holds one frame memory more."""
-    states, memories = states_along_the_clip(exact)
+    states, memories = steps
     state = states[9]
     second = replace(state, conditioning=(*state.conditioning, state.past[0]), past=state.past[1:])
     assert len(second.memory_ids) == len(state.memory_ids) + 1
@@ -185,10 +199,12 @@ def test_a_second_conditioning_frame_is_attended_to(
 
 
 def test_the_shared_self_attention_is_of_the_objects_frame(
-    exact: ModelHandler, rearranged: ModelHandler
+    exact: ModelHandler,
+    rearranged: ModelHandler,
+    steps: tuple[list[TrackState], dict[str, torch.Tensor]],
 ) -> None:
     """Objects on alternating frames get what each gets alone."""
-    states, memories = states_along_the_clip(exact)
+    states, memories = steps
     for index, repeated in ((4, 2), (5, 1), (4, 1)):
         expected = exact.step(features_of(exact, index), [states[3]], memories)
         outputs = rearranged.step(features_of(rearranged, index), [states[3]] * repeated, memories)
