@@ -14,7 +14,7 @@
 //
 // Sections: CVAT's data, constants, the action, frames and objects, tracking, calling the function,
 // results as tracks (the keyframe rules), results as shapes (one per frame), geometry, messages,
-// registration.
+// CVAT's page, registration.
 
 'use strict';
 
@@ -71,7 +71,8 @@
      * @property {number} zOrder
      * @property {string} source
      * @property {{id?: number} | null} [group]
-     * @property {{id?: number, attributes?: {id: number, mutable: boolean}[]}} [label]
+     * @property {{id?: number, name?: string,
+     *     attributes?: {id: number, mutable: boolean}[]}} [label]
      */
 
     /**
@@ -112,6 +113,17 @@
      *     call: (taskId: number, model: Model, body: object) => Promise<Answer>}} lambda
      */
 
+    /**
+     * What CVAT's UI gives its plugins (`globalThis.cvatUI.registerComponent`). The last parameter
+     * of `changeFrameAsync` makes it read a frame again that is shown already.
+     * @typedef {object} PluginTools
+     * @property {(action: unknown) => unknown} dispatch
+     * @property {{changeFrameAsync: (frame: number, fillBuffer?: boolean, frameStep?: number,
+     *     forceUpdate?: boolean) => unknown}} actionCreators
+     * @property {{getState: () => {annotation: {job: {instance: {id: number} | null},
+     *     player: {frame: {number: number}}}}}} store
+     */
+
     // ------------------------------------------------------------------ constants
 
     const TARGET = 'Target frame';
@@ -127,8 +139,31 @@
     const LIST_AGAIN_MS = 60_000; // between two requests for the list of functions
     const LIST_RETRY_MS = 10_000; // the same after a request that failed
 
+    // What annotators read of a failed call, by HTTP status; `explainError` has the other statuses.
+    // 0: the browser got no answer from CVAT's server.
+    const REASONS = new Map([
+        [0, 'the server does not answer'],
+        [401, 'CVAT refused the request: log in again'],
+        [403, 'CVAT refused the request: you may not run this function'],
+        [404, 'the function was not found'],
+        [408, 'the function took too long'],
+        [409, 'the tracking state does not fit: the model or the frame size has changed'],
+        [410, 'the tracking state has expired'],
+        [413, 'the request is too large: track fewer objects at a time'],
+        [422, 'the function cannot read the image of the frame'],
+        [429, 'the server is busy'],
+        [502, 'the function does not answer'],
+        [503, 'the function does not answer'],
+        [504, 'the function took too long'],
+    ]);
+    const MAX_DETAILS = 2000; // characters of a failed call's text
+    const MAX_LISTED = 5; // objects that a notice names
+
     /** Thrown to leave a pause when the annotator has pressed Cancel. */
     class Cancelled extends Error {}
+
+    /** Thrown for an answer of the function that cannot be used. */
+    class BadAnswer extends Error {}
 
     // ------------------------------------------------------------------ the action
 
@@ -141,7 +176,9 @@
         /** @type {{session: Session, parameters: Record<string, unknown>} | null} */
         let prepared = null;
         let largestGroup = 0;
-        const supportedTypes = () => new Set(findModel()?.supportedShapeTypes ?? ['rectangle']);
+        let isSingle = false;
+        let cancelled = () => false;
+        const supportedTypes = () => supportedTypesOf(findModel());
 
         class TrackerAction extends core.classes.BaseCollectionAction {
             get name() {
@@ -158,32 +195,39 @@
              */
             async init(session, parameters) {
                 prepared = { session, parameters };
+                cancelled = () => false;
             }
 
+            /** CVAT calls this after it has committed the result. */
             async destroy() {
+                const session = prepared?.session;
                 prepared = null;
+                if (session && cancelled()) {
+                    refreshFrame(session);
+                }
             }
 
             /** @param {FilterInput} input */
             applyFilter({ collection, frameData }) {
                 largestGroup = findLargestGroup(collection);
+                isSingle = Object.values(collection).flat().length === 1;
                 return selectTrackable(collection, frameData.number, supportedTypes());
             }
 
             /** @param {ObjectState} state */
             isApplicableForObject(state) {
-                return state.objectType !== 'tag' && supportedTypes().has(state.shapeType)
-                    && isVisibleAndUnlocked(state);
+                return isTrackable(state, supportedTypes());
             }
 
             /** @param {RunInput} input */
             async run(input) {
+                removeNotice();
                 const model = findModel();
                 if (!model || !prepared) {
                     throw new Error(`${name}: the server no longer lists this function.`);
                 }
-                removeNotice();
-                return trackAndCollect({ core, model, largestGroup, ...prepared, input });
+                cancelled = input.cancelled;
+                return trackAndCollect({ core, model, largestGroup, isSingle, ...prepared, input });
             }
         }
         return new TrackerAction();
@@ -211,6 +255,7 @@
      * @property {Session} session
      * @property {Record<string, unknown>} parameters
      * @property {number} largestGroup
+     * @property {boolean} isSingle whether CVAT passed one object only, of all in the job
      * @property {RunInput} input
      * @property {number} [percent] last reported progress
      */
@@ -229,14 +274,15 @@
         const frames = await framesToTrack(session, frameNumbers, current, target);
         const objects = await chooseObjects(session, input, convert);
 
+        const others = await countOthers(context);
+
         const outcome = await trackFrames(context, objects, current, frames);
-        const { trackedFrames } = outcome;
-        const conclusion = trackedFrames.length
-            ? `Kept: ${describeSpan(current, trackedFrames)}. `
-              + 'One undo takes it back; if the picture is not up to date, change the frame.'
-            : 'Nothing was changed.';
-        if (outcome.failure && !trackedFrames.length) {
-            throw new Error(`${outcome.failure} ${conclusion}`);
+        const { trackedFrames, failure } = outcome;
+        if (failure) {
+            console.warn(LOG_PREFIX, failure.message, failure.details ?? '');
+        }
+        if (failure && !trackedFrames.length) {
+            throw new Error(`${failure.message} Nothing was changed.`);
         }
         const result = createEmptyResult();
         if (trackedFrames.length) {
@@ -245,12 +291,7 @@
             addTracks(objects.filter(({ asTrack }) => asTrack), interval, nextFrame, result);
             await addShapes(context, objects, trackedFrames, result);
         }
-        const cancellation = outcome.cancelledAt === undefined
-            ? undefined : `Cancelled before frame ${outcome.cancelledAt}.`;
-        // CVAT's window takes a result or shows an error: a partial result needs a notice of ours.
-        showNotice(
-            context.model.name, [outcome.failure, outcome.malformed, cancellation], conclusion,
-        );
+        showNotice(context.model.name, describeOutcome(outcome, objects, current, others));
         return result;
     }
 
@@ -390,6 +431,32 @@
     }
 
     /**
+     * @param {ObjectState} state
+     * @param {Set<string>} types
+     */
+    function isTrackable(state, types) {
+        return state.objectType !== 'tag' && types.has(state.shapeType)
+            && isVisibleAndUnlocked(state);
+    }
+
+    /** @param {Model} [model] */
+    function supportedTypesOf(model) {
+        return new Set(model?.supportedShapeTypes ?? ['rectangle']);
+    }
+
+    /**
+     * @param {RunContext} context
+     * @returns {Promise<number>} how many objects of the frame CVAT left out, because it runs the
+     *     action on the activated object alone
+     */
+    async function countOthers({ session, input, model, isSingle }) {
+        const states = isSingle
+            ? await session.annotations.get(input.frameData.number, false, []) : [];
+        const types = supportedTypesOf(model);
+        return Math.max(0, states.filter((state) => isTrackable(state, types)).length - 1);
+    }
+
+    /**
      * The position of an object on a tracked frame. Where it is not visible, the points are the
      * last known ones.
      * @typedef {{frame: number, points: number[], visible: boolean}} Position
@@ -399,6 +466,7 @@
      * An object that is being tracked.
      * @typedef {object} TrackedObject
      * @property {Shape | Track} original what the annotator had
+     * @property {string} label
      * @property {Keyframe[]} originalKeyframes ascending; a shape has one
      * @property {string} type
      * @property {boolean} asTrack whether the result is a track, else one shape per frame
@@ -462,6 +530,7 @@
         };
         return {
             original,
+            label: state.label?.name ?? 'object',
             originalKeyframes,
             type,
             asTrack: isTrack || (convert && type !== 'mask'),
@@ -477,8 +546,10 @@
     /**
      * @typedef {object} Outcome
      * @property {number[]} trackedFrames in tracking order
+     * @property {number} seconds
+     * @property {boolean} cancelled
      * @property {number} [cancelledAt] the frame that would have been next
-     * @property {string} [failure] why tracking stopped early
+     * @property {{message: string, details?: string}} [failure] why tracking stopped early
      * @property {string} [malformed] where the first malformed shape was
      */
 
@@ -491,10 +562,11 @@
      */
     async function trackFrames(context, objects, current, frames) {
         /** @type {Outcome} */
-        const outcome = { trackedFrames: [] };
+        const outcome = { trackedFrames: [], seconds: 0, cancelled: false };
         const { onProgress, cancelled } = context.input;
-        const count = `${objects.length} object${objects.length === 1 ? '' : 's'}`;
+        const count = countOf(objects.length, 'object');
         const startedAt = performance.now();
+        const elapsed = () => (performance.now() - startedAt) / 1000;
         let frame = current;
         try {
             onProgress(`Frame ${current} · starting ${count}`, 0);
@@ -513,8 +585,8 @@
                 });
                 outcome.trackedFrames.push(frame);
                 const done = outcome.trackedFrames.length;
-                const seconds = (performance.now() - startedAt) / 1000 / done;
-                context.percent = (100 * done) / frames.length;
+                const seconds = elapsed() / done;
+                context.percent = Math.floor((100 * done) / frames.length); // CVAT prints all digits
                 onProgress(
                     `Frame ${frame} (${done} of ${frames.length}) · ${count} · `
                     + `${seconds.toFixed(1)} s/frame · `
@@ -526,9 +598,14 @@
             if (error instanceof Cancelled) {
                 outcome.cancelledAt = frame;
             } else {
-                outcome.failure = `Frame ${frame} failed: ${describeError(error)}.`;
+                outcome.failure = {
+                    message: `Frame ${frame} failed: ${explainError(error)}.`,
+                    details: rawText(error),
+                };
             }
         }
+        outcome.seconds = elapsed();
+        outcome.cancelled = cancelled();
         return outcome;
     }
 
@@ -632,7 +709,7 @@
                 }
                 const pause = RETRY_PAUSES_MS[attempt];
                 input.onProgress(
-                    `Frame ${frame}: ${describeError(error)} · trying again in ${pause / 1000} s `
+                    `Frame ${frame}: ${explainError(error)} · trying again in ${pause / 1000} s `
                     + `(${attempt + 1} of ${RETRY_PAUSES_MS.length})`,
                     context.percent ?? 0,
                 );
@@ -687,13 +764,39 @@
         return status === 410 || (status === 400 && /expired tracker state/i.test(String(error)));
     }
 
-    /** @param {unknown} error */
-    function describeError(error) {
+    /**
+     * @param {unknown} error
+     * @returns {string} in an annotator's words
+     */
+    function explainError(error) {
         const status = statusOf(error);
-        const text = error instanceof Error ? error.message : String(error);
-        const short = text.trim().replace(/\.+$/, '').slice(0, 300);
-        const described = status && !short.includes(String(status)) ? `${status} ${short}` : short;
-        return described || 'no answer';
+        const text = messageOf(error);
+        if (error instanceof BadAnswer) {
+            return text;
+        }
+        if (!status && /timeout|timed out/i.test(text)) {
+            return 'the function took too long';
+        }
+        const general = status >= 500 ? 'the function failed'
+            : status >= 400 ? 'the function refused the request' : 'an unexpected error';
+        const reason = isExpiredState(error)
+            ? 'the tracking state has expired' : REASONS.get(status) ?? general;
+        return status ? `${reason} (${status})` : reason;
+    }
+
+    /**
+     * @param {unknown} error
+     * @returns {string | undefined} the text that came with the error, for whoever looks for its
+     *     cause
+     */
+    function rawText(error) {
+        return error instanceof BadAnswer
+            ? undefined : messageOf(error).trim().slice(0, MAX_DETAILS) || undefined;
+    }
+
+    /** @param {unknown} error */
+    function messageOf(error) {
+        return error instanceof Error ? error.message : String(error);
     }
 
     /**
@@ -705,7 +808,9 @@
     function checkLength(list, length, name) {
         if (!Array.isArray(list) || list.length !== length) {
             const count = Array.isArray(list) ? list.length : 'no';
-            throw new Error(`the function answered ${count} ${name} for ${length} objects`);
+            throw new BadAnswer(
+                `the function answered ${count} ${name} for ${countOf(length, 'object')}`,
+            );
         }
         return list;
     }
@@ -1171,12 +1276,11 @@
     // ------------------------------------------------------------------ messages
 
     /**
-     * @param {number} current
-     * @param {number[]} trackedFrames in tracking order
+     * @param {number} count
+     * @param {string} noun in the singular
      */
-    function describeSpan(current, trackedFrames) {
-        const last = trackedFrames[trackedFrames.length - 1];
-        return `frames ${Math.min(current, last)} to ${Math.max(current, last)}`;
+    function countOf(count, noun) {
+        return `${count} ${noun}${count === 1 ? '' : 's'}`;
     }
 
     /** @param {number} seconds */
@@ -1187,37 +1291,215 @@
             : minutes ? `${minutes} min ${whole % 60} s` : `${whole} s`;
     }
 
+    /**
+     * What annotators read after a run: CVAT's window itself says nothing.
+     * @typedef {object} Notice
+     * @property {'done' | 'cancelled' | 'failed'} kind
+     * @property {string[]} lines
+     * @property {string} [details] the text of the failed call
+     */
+
+    /**
+     * @param {Outcome} outcome
+     * @param {TrackedObject[]} objects
+     * @param {number} current
+     * @param {number} others how many objects of the frame were left out
+     * @returns {Notice}
+     */
+    function describeOutcome(outcome, objects, current, others) {
+        const { trackedFrames, cancelledAt, failure, malformed } = outcome;
+        const [first, last] = [trackedFrames[0], trackedFrames[trackedFrames.length - 1]];
+        const kept = trackedFrames.length
+            ? `Kept: frames ${Math.min(current, last)} to ${Math.max(current, last)}.`
+            : 'Nothing was changed.';
+        const lines = [malformed, describeLosses(objects)];
+        if (others) {
+            lines.push(`Only the activated object was tracked; the frame has ${others} more.`);
+        }
+        if (trackedFrames.length) {
+            lines.push(failure || outcome.cancelled
+                ? 'One undo takes it back. If the picture is not up to date, change the frame.'
+                : 'One undo takes it back.');
+        }
+        /** @type {Notice['kind']} */
+        let kind = 'done';
+        if (failure || cancelledAt !== undefined) {
+            kind = failure ? 'failed' : 'cancelled';
+            lines.unshift(`${failure?.message ?? `Cancelled before frame ${cancelledAt}.`} ${kept}`);
+        } else {
+            const span = first === last ? `${first}` : `${first} to ${last}`;
+            lines.unshift(
+                `Done: ${countOf(objects.length, 'object')} on `
+                + `${countOf(trackedFrames.length, 'frame')} (${span}) in `
+                + `${formatDuration(Math.max(1, outcome.seconds))}.`,
+            );
+        }
+        return {
+            kind,
+            lines: lines.filter((line) => line !== undefined),
+            details: failure?.details,
+        };
+    }
+
+    /** @param {TrackedObject[]} objects */
+    function describeLosses(objects) {
+        const losses = objects.map(({ label, positions }) => ({
+            label,
+            frames: positions.filter(({ visible }) => !visible).length,
+            all: positions.length,
+        })).filter(({ frames }) => frames).sort((a, b) => b.frames - a.frames);
+        if (!losses.length) {
+            return undefined;
+        }
+        const listed = losses.slice(0, MAX_LISTED)
+            .map(({ label, frames, all }) => `${label} (${frames} of ${all})`);
+        if (losses.length > MAX_LISTED) {
+            listed.push(`and ${losses.length - MAX_LISTED} more`);
+        }
+        return `${countOf(losses.length, 'object')} lost on some frames: ${listed.join(', ')}.`;
+    }
+
+    // The font is that of CVAT's UI. The colours are Ant Design's, as in CVAT; texts have a contrast
+    // of at least 4.5 to 1.
+    const NOTICE_STYLE = `
+        :host { all: initial; }
+        .sam2-tracker-notice {
+            position: fixed; top: 16px; right: 16px; z-index: 10000; box-sizing: border-box;
+            width: 420px; max-width: calc(100% - 32px);
+            max-height: calc(100% - 32px); overflow: auto; overflow-wrap: anywhere;
+            padding: 12px 12px 12px 16px; background: #fff; color: #262626;
+            border: 1px solid #d9d9d9; border-left-width: 4px; border-radius: 6px;
+            box-shadow: 0 4px 12px rgba(0, 0, 0, .2);
+            font: 14px/1.5 -apple-system, BlinkMacSystemFont, 'Segoe UI', Roboto, 'Helvetica Neue',
+                Arial, sans-serif;
+        }
+        .done { border-left-color: #389e0d; }
+        .cancelled { border-left-color: #d46b08; }
+        .failed { border-left-color: #cf1322; }
+        header { display: flex; gap: 8px; align-items: start; font-weight: 600; }
+        header span { flex: 1; padding-top: 2px; }
+        p { margin: 4px 0 0; padding-right: 4px; }
+        button {
+            flex: none; width: 26px; height: 26px; padding: 0; border: 0; border-radius: 4px;
+            background: #fff; color: #595959; font: inherit; font-size: 18px; line-height: 1;
+            cursor: pointer;
+        }
+        button:hover { background: #f0f0f0; }
+        details { margin-top: 8px; }
+        summary { color: #0958d9; cursor: pointer; }
+        pre {
+            margin: 4px 4px 0 0; padding: 8px; border-radius: 4px; background: #f5f5f5;
+            color: #262626; font-size: 12px; white-space: pre-wrap;
+        }
+        button:focus-visible, summary:focus-visible { outline: 2px solid #0958d9; }
+    `;
+
     /** @type {HTMLElement | null} */
-    let notice = null;
+    let noticeHost = null;
 
     function removeNotice() {
-        notice?.remove();
-        notice = null;
+        noticeHost?.remove();
+        noticeHost = null;
+        document.removeEventListener('keydown', closeOnEscape, true);
+    }
+
+    /** @param {KeyboardEvent} event */
+    function closeOnEscape(event) {
+        if (event.key === 'Escape') {
+            removeNotice();
+        }
     }
 
     /**
-     * Show a message beside CVAT's window until it is clicked or the next run begins.
+     * Show a notice beside CVAT's window until it is closed or the next run begins. It is in a
+     * shadow tree, so that CVAT's styles do not apply to it.
      * @param {string} title
-     * @param {(string | undefined)[]} messages without any, nothing is shown
-     * @param {string} conclusion
+     * @param {Notice} notice
      */
-    function showNotice(title, messages, conclusion) {
-        const present = messages.filter(Boolean);
+    function showNotice(title, { kind, lines, details }) {
         removeNotice();
-        if (!present.length) {
-            return;
+        noticeHost = document.createElement('div');
+        const box = createElement('section', '');
+        box.className = `sam2-tracker-notice ${kind}`;
+        box.setAttribute('aria-label', title);
+        const style = createElement('style', NOTICE_STYLE);
+        noticeHost.attachShadow({ mode: 'open' }).append(style, box);
+        document.body.append(noticeHost);
+
+        const close = createElement('button', '×');
+        close.setAttribute('type', 'button');
+        close.setAttribute('aria-label', 'Close');
+        close.addEventListener('click', removeNotice);
+        const header = createElement('header', '');
+        header.append(createElement('span', title), close);
+        const message = createElement('div', '');
+        message.setAttribute('role', kind === 'failed' ? 'alert' : 'status');
+        box.append(header, message);
+        // The live region is in the page before its text: else some screen readers do not read it.
+        message.append(...lines.map((line) => createElement('p', line)));
+        if (details) {
+            const disclosure = createElement('details', '');
+            disclosure.append(createElement('summary', 'Details'), createElement('pre', details));
+            box.append(disclosure);
         }
-        const text = [...present, conclusion].join(' ');
-        notice = document.createElement('div');
-        notice.setAttribute('role', 'status');
-        notice.className = 'sam2-tracker-notice';
-        notice.textContent = `${title}: ${text} (click to close)`;
-        notice.style.cssText = 'position:fixed;top:16px;right:16px;z-index:10000;max-width:420px;'
-            + 'padding:12px 16px;background:#fffbe6;color:#333;border:1px solid #ffe58f;'
-            + 'border-radius:6px;box-shadow:0 4px 12px rgba(0,0,0,.2);cursor:pointer';
-        notice.addEventListener('click', removeNotice);
-        document.body.append(notice);
-        console.warn(LOG_PREFIX, text);
+        // CVAT has shortcuts for these keys, which press the button and open the details here.
+        for (const type of ['keydown', 'keypress', 'keyup']) {
+            box.addEventListener(type, (event) => {
+                if ([' ', 'Enter'].includes(/** @type {KeyboardEvent} */ (event).key)) {
+                    event.stopPropagation();
+                }
+            });
+        }
+        // In the capture phase: a dialog may stop the event before it bubbles to the document.
+        document.addEventListener('keydown', closeOnEscape, true);
+    }
+
+    /**
+     * @param {string} tag
+     * @param {string} text
+     */
+    function createElement(tag, text) {
+        const element = document.createElement(tag);
+        element.textContent = text;
+        return element;
+    }
+
+    // ------------------------------------------------------------------ CVAT's page
+
+    /**
+     * Make CVAT read the objects of the shown frame again. Its window does that itself, but not
+     * after Cancel. CVAT's own undo updates the page in this way (`undoActionAsync` in
+     * cvat-ui/src/actions/annotation-actions.ts).
+     * @param {Session} session
+     */
+    async function refreshFrame(session) {
+        try {
+            const { dispatch, actionCreators, store } = findPluginTools();
+            const { job, player } = store.getState().annotation;
+            if (job.instance?.id === session.id) {
+                const frame = player.frame.number;
+                await dispatch(actionCreators.changeFrameAsync(frame, undefined, undefined, true));
+            }
+        } catch (error) { // in another version of CVAT; the notice tells what to do
+            console.info(LOG_PREFIX, 'could not update the frame:', error);
+        }
+    }
+
+    /** @returns {PluginTools} */
+    function findPluginTools() {
+        const { cvatUI } = /** @type {{cvatUI?: {registerComponent: (builder: object) => void}}} */ (
+            globalThis
+        );
+        /** @type {PluginTools | undefined} */
+        let tools;
+        cvatUI?.registerComponent((/** @type {PluginTools} */ given) => {
+            tools = given;
+            return { name: 'sam2-tracker-action', destructor: () => {} };
+        });
+        if (!tools) {
+            throw new Error('this page has no interface for plugins');
+        }
+        return tools;
     }
 
     // ------------------------------------------------------------------ registration

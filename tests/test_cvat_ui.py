@@ -71,7 +71,7 @@ def run_node(node: str, *arguments: str, **environment: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("name", ["action", "keyframes", "registering"])
+@pytest.mark.parametrize("name", ["action", "keyframes", "notice", "registering"])
 def test_the_action_works_in_chromium(
     node: str, function_server: Replica, tmp_path: Path, name: str
 ) -> None:

@@ -7,7 +7,11 @@ export const JOB = {
     taskId: 4,
     startFrame: 0,
     stopFrame: 11,
-    labels: [{ id: 4, attributes: [{ id: 21, mutable: false }, { id: 22, mutable: true }] }],
+    labels: [{
+        id: 4,
+        name: 'oval',
+        attributes: [{ id: 21, mutable: false }, { id: 22, mutable: true }],
+    }],
 };
 
 export const FIXED = { spec_id: 21, value: 'red' };

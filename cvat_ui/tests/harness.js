@@ -7,6 +7,7 @@ import { access, readFile } from 'node:fs/promises';
 import { createServer } from 'node:http';
 import { join } from 'node:path';
 import { chromium } from 'playwright-core';
+import { JOB } from './collections.js';
 
 const HERE = import.meta.dirname;
 export const NAME = 'Segment Anything 2: Tracker';
@@ -127,6 +128,33 @@ async function handle(cvat, request, response) {
     } else { // CVAT's UI is one page under all addresses
         await serveFile(join(HERE, 'page', 'index.html'), response);
     }
+}
+
+/** Open a job with a collection. */
+export async function openJob(page, collection, changes = {}) {
+    await page.evaluate(
+        ([job, objects]) => globalThis.testPage.openJob(job, objects),
+        [{ ...JOB, ...changes }, collection],
+    );
+}
+
+/** Run the action; return null, or the error message that the annotator sees. */
+export async function run(page, frame, target, options = {}) {
+    const { convert = true, every = 1, ...rest } = options;
+    const parameters = {
+        'Target frame': target,
+        'Convert polygon shapes to tracks': String(convert),
+        'Keyframe every N frames': every,
+    };
+    return page.evaluate(
+        (input) => globalThis.testPage.run(input), { name: NAME, frame, parameters, ...rest },
+    );
+}
+
+/** What an annotator can read in the notice, on one line; '' if there is none. */
+export async function noticeText(page) {
+    const notice = page.locator('.sam2-tracker-notice');
+    return await notice.count() ? (await notice.innerText()).replace(/\s+/g, ' ') : '';
 }
 
 /** Start the page's server and the browser; `close` stops both. */

@@ -1,4 +1,5 @@
-// A stand-in for CVAT's client core: the API that an annotation action uses in CVAT 2.54.
+// A stand-in for CVAT's client core and its interface for plugins: the API that an annotation action
+// uses in CVAT 2.54.
 // Differences from CVAT: shapes are interpolated point by point if they have equally many points
 // (else the earlier one holds), there are no user filters, and every timer fires 50 times as fast,
 // with the requested length recorded in `testPage.events`.
@@ -13,6 +14,8 @@
         pendingTimers: 0,
         listRequests: 0, // how often the server was asked for its functions
         listAnswers: 0, // how many of these requests have ended, well or not
+        frame: 0, // the frame that the page shows
+        shown: [], // the object states that the page shows; the annotations may have changed since
     };
     globalThis.testPage = testPage;
 
@@ -271,6 +274,39 @@
         },
     };
 
+    // -------------------------------------------------------------- the page
+
+    async function showFrame(frame) {
+        testPage.frame = frame;
+        testPage.shown = await testPage.job.annotations.get(frame, false, []);
+    }
+
+    const changeFrameAsync = (frame, fillBuffer, frameStep, forceUpdate) => async () => {
+        if (frame !== testPage.frame || forceUpdate) {
+            testPage.events.push({ changeFrame: frame });
+            await showFrame(frame);
+        }
+    };
+    globalThis.cvatUI = Object.freeze({
+        registerComponent: (build) => {
+            const { name, destructor } = build({
+                dispatch: (thunk) => thunk(),
+                actionCreators: { changeFrameAsync },
+                store: {
+                    getState: () => ({
+                        annotation: {
+                            job: { instance: testPage.job },
+                            player: { frame: { number: testPage.frame } },
+                        },
+                    }),
+                },
+            });
+            if (typeof name !== 'string' || typeof destructor !== 'function') {
+                throw new Error('a plugin has a name and a destructor');
+            }
+        },
+    });
+
     // -------------------------------------------------------------- for the tests
 
     const withoutClientID = ({ clientID, ...rest }) => rest;
@@ -292,14 +328,16 @@
             const cancelled = () => cancelAfter !== undefined && testPage.events.some(
                 ({ text }) => text?.startsWith(cancelAfter),
             );
-            const states = (await testPage.job.annotations.get(frame, false, []))
-                .filter((state) => state.clientID === clientID);
+            await showFrame(frame);
+            const states = testPage.shown.filter((state) => state.clientID === clientID);
             const go = clientID === undefined
                 ? core.actions.run(testPage.job, action, parameters, frame, () => {}, cancelled)
                 : core.actions.call(
                     testPage.job, action, parameters, frame, states, () => {}, cancelled,
                 );
-            return go.then(() => null, (error) => error.message);
+            // CVAT's window shows the new objects unless the run was cancelled.
+            return go.then(() => (cancelled() ? undefined : showFrame(frame)))
+                .then(() => null, (error) => error.message);
         },
         isApplicable: async (name, frame) => {
             const states = await testPage.job.annotations.get(frame, true, []);
