@@ -1,10 +1,10 @@
-# Everything a newcomer runs. Needs Python 3.11 and make; everything else lands in .venv.
-#   make demo    track the example clip, write an overlay video and pictures to out/demo
-#   make test    lint, types and all tests (brings a Redis server if the machine has none)
-#   make fidelity CLIP=folder/of/jpegs   compare with SAM 2's own predictor at full sizes (an hour)
-#   make soak    faults, hostile input and load at length (half an hour); prints docs/reliability.md's tables
-#   make benchmarks   time per frame by objects, frames, sizes and replicas, beside SAM 2's own (an hour and a half)
-#   make setup   only make .venv (TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU wheels)
+# Needs Python 3.11 and make; installs everything else into .venv.
+#   make setup   install only (TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU wheels)
+#   make demo    track an example clip; writes an overlay video and pictures to out/demo
+#   make test    lint, types and all tests (installs a Redis server if the machine has none)
+#   make fidelity CLIP=folder/of/jpegs   compare with SAM 2's own predictor at full size (an hour)
+#   make soak    long fault, fuzz and load tests (half an hour); prints the tables of docs/reliability.md
+#   make benchmarks   time per frame by objects, frames, sizes and replicas, against SAM 2's own (90 minutes)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
@@ -17,8 +17,8 @@ TORCH_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 setup: $(VENV)/.installed
 
-# torch and setuptools first: sam2 imports torch while it builds, and its isolated build would
-# download a second one.
+# torch and setuptools first: sam2 imports torch while it builds, and an isolated build would
+# download torch a second time.
 $(VENV)/.installed: requirements.txt requirements-torch.txt requirements-task.txt requirements-dev.txt
 	test -x $(VENV)/bin/pip || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH_FLAGS) -r requirements-torch.txt
@@ -28,8 +28,8 @@ $(VENV)/.installed: requirements.txt requirements-torch.txt requirements-task.tx
 
 test: lint types unit
 
-# What the tests of cvat_ui use beside Debian's chromium and nginx-light. Where Node.js is missing
-# those tests are skipped, but never in CI.
+# For the tests of cvat_ui, which also need Debian's chromium and nginx-light. Without Node.js they
+# are skipped, except in CI.
 ui-setup: cvat_ui/node_modules/.package-lock.json
 
 cvat_ui/node_modules/.package-lock.json: cvat_ui/package-lock.json
@@ -44,7 +44,7 @@ types: setup
 
 unit: setup
 	if command -v npm >/dev/null; then $(MAKE) --no-print-directory ui-setup; fi
-	# one thread for each of the processes side by side; and sums in one order in all of them
+	# One thread for each of the parallel test processes, and the same order of sums in all of them.
 	OMP_NUM_THREADS=1 $(PY) -m pytest
 
 demo: setup
@@ -56,7 +56,7 @@ fidelity: setup
 soak: setup
 	$(PY) -m tests.faults.soak $(SOAK)
 
-# Time does not depend on the weights, so random ones do where no hub is in reach. With one:
+# The time does not depend on the weights, so the benchmarks use random ones. To download real ones:
 #   make benchmarks TINY="--model-id facebook/sam2.1-hiera-tiny"
 TINY ?= --config sam2.1_hiera_t --random
 BENCH = $(PY) -m benchmarks.$(1) --device cpu --json out/benchmarks/$(2).json --plot benchmarks/plots/$(2).png

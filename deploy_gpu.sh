@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Deploys the GPU function to Nuclio for CVAT; --help tells the options.
+# Deploy the GPU function to Nuclio for CVAT; --help lists the options.
 
 set -euo pipefail
 

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What deploy_cpu.sh and deploy_gpu.sh share: options, the check of what is missing, the command
-# lines of CVAT's own deploy scripts made safe, and a test of the deployed function. Sourced.
+# Sourced by deploy_cpu.sh and deploy_gpu.sh: parses the options, checks the requirements, runs the
+# command lines of CVAT's own deploy scripts, and tests the deployed function.
 
 readonly EXIT_FAILED=1 EXIT_USAGE=2 EXIT_MISSING=3 EXIT_SELF_TEST=4
 
@@ -19,30 +19,30 @@ usage() {
     cat <<END
 Usage: $(basename "$0") [options] [FOLDER]
 
-Deploys the function in FOLDER on $1, so that CVAT lists it. Default: the folder of this script,
-which is the tracker. The folder interactor beside it is the interactor; its image is the tracker's.
+Deploys the function in FOLDER on the $1, so that CVAT lists it. Default: the folder of this script,
+which is the tracker. Its folder interactor/ is the interactor, which runs in the tracker's image.
 
   --platform local|kube  where Nuclio runs (default local: Docker on this machine)
-  --namespace NAME       Nuclio's namespace (default: nuctl's own; for CVAT's Docker setup that is right)
-  --project NAME         Nuclio's project; CVAT lists the functions of cvat (default cvat)
+  --namespace NAME       Nuclio's namespace (default: nuctl's own, which CVAT's Docker setup uses)
+  --project NAME         Nuclio's project (default cvat, the only one whose functions CVAT lists)
   --network NAME         Docker network of CVAT (default cvat_cvat)
-  --registry URL         registry the cluster pulls from; needed with --platform kube
-  --model ID             model to bake in, for example facebook/sam2.1-hiera-large, or micro
-                         (default: SAM2_MODEL_ID, else facebook/sam2.1-hiera-tiny)
-  --image NAME           deploy this image, built before (docs/deployment.md), instead of building
-  --build-only           build the function's image and start nothing, to carry it elsewhere
-  --env NAME=VALUE       one more environment variable of the function; may be repeated
+  --registry URL         registry the cluster pulls from; required with --platform kube
+  --model ID             model to put into the image, for example facebook/sam2.1-hiera-large, or
+                         micro (default: SAM2_MODEL_ID, else facebook/sam2.1-hiera-tiny)
+  --image NAME           deploy this existing image instead of building one (docs/deployment.md)
+  --build-only           build the image and deploy nothing, to use the image on another machine
+  --env NAME=VALUE       environment variable of the function; may be repeated
   --no-self-test         do not ask the deployed function for a track or a mask
   --dry-run              print the commands instead of running them
   --help                 this text
 
 Environment: CVAT_FUNCTIONS_REDIS_HOST, _PORT, _USERNAME, _PASSWORD, _DB, _SSL, _SSL_CA_CERTS and
-_TIMEOUT are handed on to the tracker when set. Without a host the local platform gets CVAT's own
-(cvat_redis_ondisk:6666). Set but empty, CVAT_FUNCTIONS_REDIS_HOST= keeps the tracks inside the
-function: one worker, one replica, lost when it restarts.
+_TIMEOUT are passed to the tracker when set. If the host is not set, the local platform uses CVAT's
+own Redis (cvat_redis_ondisk:6666). If it is set but empty (CVAT_FUNCTIONS_REDIS_HOST=), tracks live
+in the function: one worker, one replica, and a restart loses them.
 
-Exit status: 0 deployed, $EXIT_FAILED a build or deployment failed, $EXIT_USAGE wrong options, $EXIT_MISSING something is missing,
-$EXIT_SELF_TEST deployed, but the function does not answer as it should.
+Exit status: 0 deployed, $EXIT_FAILED a build or deployment failed, $EXIT_USAGE wrong options, $EXIT_MISSING a requirement is missing,
+$EXIT_SELF_TEST deployed, but CVAT will not list the function or its self-test failed.
 END
 }
 
@@ -69,7 +69,7 @@ parse_arguments() { # parse_arguments <CPU or GPU> <script folder> <arguments...
                         [[ $2 =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] ||
                             fail "$EXIT_USAGE" "--env takes NAME=VALUE; see --help"
                         if [[ $2 == CVAT_FUNCTIONS_REDIS_* ]]; then
-                            printf -v "${2%%=*}" '%s' "${2#*=}" # as if it had been set outside
+                            printf -v "${2%%=*}" '%s' "${2#*=}" # as if set in the environment
                         else
                             extra_env+=("$2")
                         fi
@@ -80,34 +80,44 @@ parse_arguments() { # parse_arguments <CPU or GPU> <script folder> <arguments...
                 ;;
             -*) fail "$EXIT_USAGE" "$1 is not an option; see --help" ;;
             *)
-                [[ $given == no ]] || fail "$EXIT_USAGE" "one folder at a time: $folder, then $1"
+                [[ $given == no ]] || fail "$EXIT_USAGE" "expected one folder, found two: $folder and $1"
                 folder=$1 given=yes
                 ;;
         esac
         shift
     done
     [[ $platform == local || $platform == kube ]] ||
-        fail "$EXIT_USAGE" "--platform $platform is not known: expected local or kube"
+        fail "$EXIT_USAGE" "--platform $platform is unknown: expected local or kube"
     [[ $build_only == no || $platform$image == local ]] ||
-        fail "$EXIT_USAGE" "--build-only goes with neither --platform kube nor --image"
+        fail "$EXIT_USAGE" "--build-only cannot be combined with --platform kube or --image"
     [[ $model =~ ^[A-Za-z0-9._/-]*$ ]] ||
         fail "$EXIT_USAGE" "--model $model is not a model id like facebook/sam2.1-hiera-tiny"
 }
 
+first_match() { # first_match <text> <pattern>: what the pattern's group matches first, or nothing
+    [[ ! $1 =~ $2 ]] || printf '%s\n' "${BASH_REMATCH[1]}"
+}
+
+yaml_value() { # yaml_value <yaml text> <indented key>: the key's first value, without quotes
+    first_match "$1" $'\n'"$2: *'?([^'"$'\n'"]*)"
+}
+
 find_function() { # find_function <yaml name>
-    # In a CVAT checkout the function lies in <name>/nuclio; both folders may be given.
+    # In a CVAT checkout the function is in <name>/nuclio; either folder may be given.
     [[ -f $folder/$1 || ! -f $folder/nuclio/$1 ]] || folder=$folder/nuclio
     [[ -f $folder/$1 ]] ||
         fail "$EXIT_USAGE" "$folder has no $1: give the folder of the function"
     folder=$(cd "$folder" && pwd)
-    # The interactor's folder holds its yaml only; the code is that beside this script.
+    # The interactor's folder has no code; its code is in the folder of this script.
     [[ ! -f $folder/main.py ]] || code=$folder
     config=$1
-    function_name=$(sed -n 's/^  name: *//p' "$folder/$config" | head -n 1)
-    base_image=$(sed -n 's/^ *baseImage: *//p' "$folder/$config" | head -n 1)
-    function_image=$(sed -n 's/^    image: *//p' "$folder/$config" | head -n 1)
-    display_name=$(sed -n "s/^    name: *'\(.*\)'/\1/p" "$folder/$config" | head -n 1)
-    function_type=$(sed -n 's/^    type: *//p' "$folder/$config" | head -n 1)
+    local yaml
+    yaml=$(<"$folder/$config")
+    function_name=$(yaml_value "$yaml" '  name')
+    base_image=$(yaml_value "$yaml" ' *baseImage')
+    function_image=$(yaml_value "$yaml" '    image')
+    display_name=$(yaml_value "$yaml" '    name')
+    function_type=$(yaml_value "$yaml" '    type')
     case $function_type in
         tracker) tab=Trackers ;;
         interactor) tab=Interactors ;;
@@ -119,7 +129,7 @@ collect_env() {
     local name suffix
     function_env=()
     [[ $build_only == no ]] || return 0
-    if [[ $function_type == tracker ]]; then # the interactor keeps nothing
+    if [[ $function_type == tracker ]]; then # the interactor has no state
         if [[ -z ${CVAT_FUNCTIONS_REDIS_HOST+set} && $platform == local ]]; then
             function_env+=(CVAT_FUNCTIONS_REDIS_HOST=cvat_redis_ondisk)
             CVAT_FUNCTIONS_REDIS_PORT=${CVAT_FUNCTIONS_REDIS_PORT:-6666}
@@ -131,11 +141,11 @@ collect_env() {
     fi
     ((${#extra_env[@]} == 0)) || function_env+=("${extra_env[@]}")
     ((${#function_env[@]} == 0)) || [[ $platform == kube ]] || [[ ${function_env[*]} != *\'* ]] ||
-        fail "$EXIT_USAGE" "a value for the function holds a single quote ('): nuctl hands it \
-unquoted to a shell on the local platform; choose another password or value"
+        fail "$EXIT_USAGE" "an environment value contains a single quote ('), which nuctl \
+passes to a shell unescaped on the local platform: choose another password or value"
 }
 
-hide_password() { # hide_password <text>: the text without the password
+hide_password() { # hide_password <text>: prints the text without the password
     local password=${CVAT_FUNCTIONS_REDIS_PASSWORD:-}
     if [[ -n $password ]]; then
         printf '%s\n' "${1//"$password"/***}"
@@ -156,7 +166,7 @@ print_command() {
     hide_password "+${line}"
 }
 
-run() { # run <command...>: show it and run it, the password hidden in both
+run() { # run <command...>: prints the command and runs it, hiding the password in all output
     print_command "$@"
     [[ $dry_run == no ]] || return 0
     local line
@@ -169,14 +179,14 @@ set_nuctl_options() {
     [[ -z $namespace ]] || nuctl_options+=(--namespace "$namespace")
 }
 
-preflight_cvat() { # what a deployment beside CVAT on this machine needs; adds to preflight's list
+preflight_cvat() { # checks what a deployment to CVAT on this machine requires; adds to `missing`
     docker network inspect "$network" >/dev/null 2>&1 ||
-        missing+=("the Docker network $network is not there: start CVAT first, or name its network with --network")
+        missing+=("the Docker network $network does not exist: start CVAT first, or name its network with --network")
     [[ $kind == GPU ]] || return 0
-    # a runtime, devices that Docker discovered, or the hook that --gpus runs
+    # Docker can use NVIDIA's runtime, devices it discovered, or the hook that --gpus runs.
     [[ $(docker info --format '{{json .}}' 2>/dev/null) == *nvidia* ]] ||
         command -v nvidia-container-runtime-hook >/dev/null ||
-        missing+=("Docker cannot hand out GPUs: install NVIDIA's container toolkit, run 'nvidia-ctk runtime configure' and restart Docker")
+        missing+=("Docker has no access to GPUs: install NVIDIA's container toolkit, run 'nvidia-ctk runtime configure' and restart Docker")
 }
 
 preflight() {
@@ -186,7 +196,7 @@ preflight() {
         command -v "$tool" >/dev/null || missing+=("$tool is not installed (or not on PATH)")
     done
     if [[ $platform == kube && -z $registry$image ]]; then
-        missing+=("no registry: the cluster needs one to pull the image from (--registry, or --image)")
+        missing+=("no registry to pull the image from: set --registry, or --image")
     fi
     if ! command -v docker >/dev/null; then
         :
@@ -194,7 +204,7 @@ preflight() {
         missing+=("the Docker daemon does not answer ('docker info' says why)")
     else
         ! builds_on_the_trackers_image || docker image inspect "$base_image" >/dev/null 2>&1 ||
-            missing+=("the image $base_image is not there: deploy the tracker first, or only build its image: $(basename "$0") --build-only")
+            missing+=("the image $base_image does not exist: deploy the tracker first, or build its image with $(basename "$0") --build-only")
         [[ $platform == kube || $build_only == yes ]] || preflight_cvat
     fi
     if ((${#missing[@]})); then
@@ -203,27 +213,28 @@ preflight() {
         exit "$EXIT_MISSING"
     fi
     [[ $platform == local && $build_only == no ]] || return 0
-    # Nuclio's dashboard, a container of CVAT's compose files, is what CVAT asks for functions.
+    # CVAT gets its functions from Nuclio's dashboard, a container of CVAT's compose files.
     server=$(docker inspect --format '{{.Config.Image}}' nuclio 2>/dev/null || true)
-    server=$(grep -oE '[0-9]+\.[0-9]+\.[0-9]+' <<<"$server" | head -n 1 || true)
-    client=$(nuctl version 2>/dev/null | grep -oE 'Label: *[0-9]+\.[0-9]+\.[0-9]+' | grep -oE '[0-9.]+$' || true)
+    server=$(first_match "$server" '([0-9]+\.[0-9]+\.[0-9]+)')
+    client=$(nuctl version 2>/dev/null || true)
+    client=$(first_match "$client" 'Label: *([0-9]+\.[0-9]+\.[0-9]+)')
     if [[ -z $server ]]; then
-        complain "Warning: no container named nuclio runs here, and CVAT asks it for functions. Start CVAT with components/serverless/docker-compose.serverless.yml."
+        complain "Warning: no container named nuclio (Nuclio's dashboard) is running, and CVAT needs it. Start CVAT with components/serverless/docker-compose.serverless.yml."
     elif [[ $client != "$server" ]]; then
-        complain "Warning: nuctl is ${client:-of an unknown version}, Nuclio's dashboard is $server. If the deployment fails, take nuctl $server."
+        complain "Warning: the version of nuctl is ${client:-unknown}, that of Nuclio's dashboard $server. If the deployment fails, use nuctl $server."
     fi
 }
 
-builds_on_the_trackers_image() { # on a CPU the tracker's base image is built, on a GPU it must be there
+builds_on_the_trackers_image() { # only on a GPU: on a CPU this script builds the base image itself
     [[ $kind == GPU && $function_type == interactor && -z $image ]]
 }
 
 stage_function() {
-    # nuctl copies the whole folder into the image and stumbles over links to folders, such as those
-    # in a virtual environment: it gets a copy of what the function is made of, readable to all.
+    # nuctl copies the whole folder into the image, and fails on links to folders, such as those in a
+    # virtual environment. So it gets a copy of the files that the function imports, readable to all.
     local work
     work=$(mktemp -d)
-    # shellcheck disable=SC2064 # the folder's name as it is now
+    # shellcheck disable=SC2064 # expand the name now, not at exit
     trap "rm -rf -- '$work'" EXIT
     stage=$work/function
     mkdir "$stage"
@@ -235,26 +246,26 @@ stage_function() {
     cp -R -- "$code/interaction" "$code/weights" "$stage/"
     rm -rf -- "$stage/interaction/__pycache__"
     if [[ -n $model ]] && builds_on_the_trackers_image; then
-        complain "Note: the interactor has the model that was baked into $base_image; $model is not built in."
+        complain "Note: the interactor uses the model in the image $base_image; the model $model is ignored."
     elif [[ -n $model && $kind == GPU ]]; then
         sed -i.bak "s|\(value: SAM2_MODEL_ID=\)[A-Za-z0-9._/-]*$|\1$model|" "$stage/$config"
     fi
     if [[ -n $image ]]; then
-        # nuctl builds as soon as the yaml has a build section
+        # nuctl builds an image whenever the yaml has a build section
         sed -i.bak '/^  build:/,/^  [^ #]/ { /^  build:/d; /^  [^ #]/!d; }' "$stage/$config"
     fi
     rm -f -- "$stage/$config.bak"
     chmod -R a+rX -- "$work"
-    cd "$work" || exit # nuctl writes temporary files into the folder it is started in
+    cd "$work" || exit # nuctl writes temporary files into the current folder
     [[ $dry_run == no ]] ||
-        say "# $stage: a copy of $folder/$config and of what the Dockerfile copies from $code"
+        say "# $stage is a copy of $folder/$config and of the files in $code that the Dockerfile copies"
 }
 
 build_base_image() {
     local arguments=(--tag "$base_image") name
     [[ -z $model ]] || arguments+=(--build-arg "SAM2_MODEL_ID=$model")
     for name in HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy; do
-        # without its value: Docker takes it from the environment, and it is not printed
+        # By name only: Docker reads the value, which may hold a password, from the environment.
         [[ -z ${!name:-} ]] || arguments+=(--build-arg "$name")
     done
     export DOCKER_BUILDKIT=1
@@ -287,10 +298,10 @@ deploy_function() {
         arguments+=(--platform-config "{\"attributes\": {\"network\": \"$network\"}}")
     fi
     run nuctl deploy --project-name "$project" "${arguments[@]}" ||
-        fail "$EXIT_FAILED" "The function was not deployed. A function of this name that ran before may be gone: look at 'nuctl get function --platform $platform'."
+        fail "$EXIT_FAILED" "The function was not deployed. An earlier version of it may have been removed: check 'nuctl get function --platform $platform'."
 }
 
-ask() { # ask <path> [<JSON body>]: the function's answer
+ask() { # ask <path> [<JSON body>]: prints the function's answer
     if [[ $platform == kube ]]; then
         local url="/api/v1/namespaces/$function_namespace/services/nuclio-$function_name:8080/proxy$1"
         if (($# > 1)); then
@@ -299,7 +310,7 @@ ask() { # ask <path> [<JSON body>]: the function's answer
             kubectl get --raw "$url"
         fi
     elif (($# > 1)); then
-        # without a proxy, which would not reach this machine's own ports
+        # Without a proxy, which could not reach this machine's own ports.
         curl --silent --show-error --fail --noproxy '*' --max-time 120 \
             --header 'Content-Type: application/json' --data "$2" "http://127.0.0.1:$port$1"
     else
@@ -326,21 +337,22 @@ test_tracker() {
     local answer states
     answer=$(ask / "{\"image\": \"$TEST_IMAGE\", \"shapes\": [{\"type\": \"rectangle\", \"points\": [16, 16, 48, 48]}], \"states\": []}") ||
         fail "$EXIT_SELF_TEST" "The function is healthy but does not start a track. Its log: $log_command"
-    # the list of states as it stands: what CVAT sends back
-    states=$(sed -n 's/.*"states": *\(\[[^]]*\]\).*/\1/p' <<<"$answer")
+    # The JSON list of states, unchanged, as CVAT sends it back.
+    states=$(first_match "$answer" '"states": *(\[[^]]*\])')
     [[ -n $states && $states != '[]' ]] ||
         fail "$EXIT_SELF_TEST" "The function started a track but answered no state. Its log: $log_command"
     ask / "{\"image\": \"$TEST_IMAGE\", \"shapes\": [null], \"states\": $states}" >/dev/null ||
-        fail "$EXIT_SELF_TEST" "The function does not continue the track it started (is Redis reachable?). Its log: $log_command"
+        fail "$EXIT_SELF_TEST" "The function does not continue the track that it started (can it reach Redis?). Its log: $log_command"
     say "Self-test passed: the function is healthy, starts a track and continues it."
 }
 
 report() {
     local status reasons=() log_command port function_namespace
-    status=$(nuctl get function "$function_name" "${nuctl_options[@]}" --output json | tr -d ' \t\n') ||
-        fail "$EXIT_SELF_TEST" "nuctl does not find the function it has just deployed."
-    port=$(grep -oE '"httpPort":[0-9]+' <<<"$status" | grep -oE '[0-9]+' | head -n 1 || true)
-    function_namespace=$(grep -oE '"namespace":"[^"]*"' <<<"$status" | head -n 1 | cut -d '"' -f 4 || true)
+    status=$(nuctl get function "$function_name" "${nuctl_options[@]}" --output json) ||
+        fail "$EXIT_SELF_TEST" "nuctl does not find the function that it has just deployed."
+    status=${status//[[:space:]]/}
+    port=$(first_match "$status" '"httpPort":([0-9]+)')
+    function_namespace=$(first_match "$status" '"namespace":"([^"]*)"')
     if [[ $platform == kube ]]; then
         log_command="kubectl --namespace $function_namespace logs deployment/nuclio-$function_name"
     else
@@ -354,12 +366,12 @@ report() {
     if [[ $self_test == no ]]; then
         :
     elif [[ $platform == kube ]] && ! command -v kubectl >/dev/null; then
-        say "Self-test skipped: it needs kubectl to reach the function inside the cluster."
+        say "Self-test skipped: kubectl, which reaches the function inside the cluster, is not installed."
     elif [[ $platform == kube || -n $port ]]; then
         test_function
     fi
     [[ $platform == local ]] ||
-        say "CVAT has to ask for functions in the namespace $function_namespace (CVAT_NUCLIO_FUNCTION_NAMESPACE)."
+        say "CVAT must look for functions in the namespace $function_namespace (CVAT_NUCLIO_FUNCTION_NAMESPACE)."
     if ((${#reasons[@]})); then
         local joined
         printf -v joined '%s; ' "${reasons[@]}"
@@ -381,7 +393,7 @@ deploy() { # deploy <CPU or GPU> <yaml name> <script folder> <arguments...>
     deploy_function
     [[ $dry_run == no ]] || return 0
     if [[ $build_only == yes ]]; then
-        say "Built $function_image. Deploy it where CVAT is with --image $function_image."
+        say "Built $function_image. On the machine where CVAT runs, deploy it with --image $function_image."
     else
         report
     fi

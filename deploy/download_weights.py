@@ -1,4 +1,4 @@
-"""Puts a model's weights into Hugging Face's cache while an image is built; knows no CVAT."""
+"""Download a model's weights into Hugging Face's cache while an image is built."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def download(model_id: str) -> str:
     """Fetch the checkpoint of one model, so that it loads later with `HF_HUB_OFFLINE=1`.
 
     Args:
-        model_id: One of SAM 2's Hugging Face ids, or `micro`, which lies in `weights/`.
+        model_id: One of SAM 2's Hugging Face ids, or `micro`, whose weights are in `weights/`.
 
     Returns:
-        Where the checkpoint is, in words.
+        The checkpoint's path; for `micro`, a text that says where its weights are.
 
     Raises:
         SystemExit: The model is not known.
@@ -25,13 +25,13 @@ def download(model_id: str) -> str:
     Side effects: Writes below `HF_HOME`.
     """
     if model_id == BUNDLED:
-        return f"{BUNDLED}: nothing to fetch, its weights lie in weights/{BUNDLED}"
+        return f"{BUNDLED}: nothing to download, its weights are in weights/{BUNDLED}"
     if model_id not in HF_MODEL_ID_TO_FILENAMES:
         known = ", ".join([BUNDLED, *HF_MODEL_ID_TO_FILENAMES])
         raise SystemExit(f"SAM2_MODEL_ID={model_id!r} is not known: expected one of {known}")
     _, checkpoint = HF_MODEL_ID_TO_FILENAMES[model_id]
-    # No revision: offline, the loader asks for the default branch, and only a download of that
-    # branch writes down which commit it was.
+    # No revision: offline, the loader looks up the default branch, and only a download of that
+    # branch records its commit in the cache.
     return hf_hub_download(repo_id=model_id, filename=checkpoint)
 
 

@@ -18,10 +18,10 @@ WEIGHTS = b"weights" * 1000
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The one answer of Hugging Face's hub that a download needs."""
+    """Answers as Hugging Face's hub does for one file of one model."""
 
     def do_HEAD(self) -> None:
-        """Tell which commit the branch is at, and the file's size and digest."""
+        """Answer with the branch's commit and the file's size and digest."""
         found = self.path == f"/{DEFAULT_MODEL_ID}/resolve/main/sam2.1_hiera_tiny.pt"
         self.send_response(200 if found else 404)
         self.send_header("X-Repo-Commit", COMMIT)
@@ -35,12 +35,12 @@ class Hub(BaseHTTPRequestHandler):
         self.wfile.write(WEIGHTS)
 
     def log_message(self, *_: object) -> None:
-        """Stay quiet."""
+        """Log nothing."""
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Put a hub of our own and an empty cache in the place of the real ones; give the cache."""
+    """Replace Hugging Face's hub and cache with a local server and an empty folder."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -62,7 +62,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_weights_baked_at_build_time_load_without_a_network(
     hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the image's RUN step writes is what the function finds offline, writing nothing."""
+    """The function finds the downloaded file offline, and writes nothing."""
     baked = Path(download(DEFAULT_MODEL_ID))
     assert baked.read_bytes() == WEIGHTS
 
@@ -76,12 +76,12 @@ def test_weights_baked_at_build_time_load_without_a_network(
 
 
 def test_bundled_model_needs_no_download(hub: Path) -> None:
-    """A build for an isolated site can choose it."""
+    """An image for a site without internet can be built with it."""
     assert "weights/micro" in download("micro")
     assert list(hub.iterdir()) == []
 
 
 def test_unknown_model_stops_the_build_with_the_known_ones() -> None:
-    """Better there than at the start of the function."""
+    """The build fails, rather than the start of the function."""
     with pytest.raises(SystemExit, match=r"'facebook/sam3' is not known: expected one of micro, "):
         download("facebook/sam3")

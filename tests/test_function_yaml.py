@@ -146,31 +146,31 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(REPOSITORY))
 
 
-def complaints(value: Any, schema: Any, place: str = "") -> list[str]:
+def complaints(value: Any, schema: Any, path: str = "") -> list[str]:
     """Return where a value differs from a schema of fields and types."""
     if isinstance(schema, dict):
         if not isinstance(value, dict):
-            return [f"{place}: expected a mapping, not {value!r}"]
-        found = []
+            return [f"{path}: expected a mapping, not {value!r}"]
+        listed = []
         for key, item in value.items():
             inner = schema.get(key, schema.get(...))
             if inner is None:
-                found.append(f"{place}.{key}: unknown field")
+                listed.append(f"{path}.{key}: unknown field")
             else:
-                found += complaints(item, inner, f"{place}.{key}")
-        return found
+                listed += complaints(item, inner, f"{path}.{key}")
+        return listed
     if isinstance(schema, list):
         if not isinstance(value, list):
-            return [f"{place}: expected a list, not {value!r}"]
+            return [f"{path}: expected a list, not {value!r}"]
         return [
             complaint
             for index, item in enumerate(value)
-            for complaint in complaints(item, schema[0], f"{place}[{index}]")
+            for complaint in complaints(item, schema[0], f"{path}[{index}]")
         ]
     types = schema if isinstance(schema, tuple) else (schema,)
     if type(value) in types:  # not isinstance: a bool is an int
         return []
-    return [f"{place}: expected {' or '.join(one.__name__ for one in types)}, not {value!r}"]
+    return [f"{path}: expected {' or '.join(kind.__name__ for kind in types)}, not {value!r}"]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -189,18 +189,18 @@ def trigger(path: Path) -> dict[str, Any]:
 
 def directives(path: Path, when: str, kind: str) -> list[str]:
     """Return the values of all build directives of a kind."""
-    found = read(path)["spec"]["build"]["directives"][when]
-    return [one["value"] for one in found if one["kind"] == kind]
+    listed = read(path)["spec"]["build"]["directives"][when]
+    return [directive["value"] for directive in listed if directive["kind"] == kind]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_every_field_is_one_that_nuclio_knows(path: Path) -> None:
-    """Nuclio ignores unknown fields without a word, so a slip of the pen would stay unseen."""
+    """Nuclio ignores unknown fields silently, so a typing error would go unnoticed."""
     assert complaints(read(path), CONFIG) == []
 
 
 def test_schema_finds_unknown_fields_and_wrong_types() -> None:
-    """`maxWorkers`, the trap of Nuclio 1.13, is one of the unknown ones."""
+    """`maxWorkers`, which Nuclio 1.13 ignores, counts as unknown."""
     config = {
         "metadata": {"annotations": {"version": 2}},
         "spec": {"triggers": {"http": {"maxWorkers": 2, "numWorkers": True}}, "env": {}},
@@ -216,7 +216,7 @@ def test_schema_finds_unknown_fields_and_wrong_types() -> None:
 
 @pytest.mark.parametrize("path", TRACKERS, ids=name_of)
 def test_cvat_reads_a_tracker_for_four_shape_types(path: Path) -> None:
-    """The rules of CVAT's server (cvat/apps/lambda_manager), done again."""
+    """CVAT's server (cvat/apps/lambda_manager) reads the annotations by these rules."""
     metadata = read(path)["metadata"]
     annotations = metadata["annotations"]
 
@@ -238,7 +238,7 @@ def test_cvat_reads_a_tracker_for_four_shape_types(path: Path) -> None:
 
 @pytest.mark.parametrize("path", INTERACTORS, ids=name_of)
 def test_cvat_reads_an_interactor_that_takes_a_box_or_points(path: Path) -> None:
-    """The same rules; a box alone is sent only where no point is asked for."""
+    """The same rules; CVAT sends a box without points only if `min_pos_points` is 0."""
     metadata = read(path)["metadata"]
     annotations = metadata["annotations"]
 
@@ -260,7 +260,7 @@ def test_cvat_reads_an_interactor_that_takes_a_box_or_points(path: Path) -> None
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
-def test_handler_is_there(path: Path) -> None:
+def test_handler_exists(path: Path) -> None:
     """Nuclio imports the module and calls both of its functions."""
     module, _, handler = read(path)["spec"]["handler"].partition(":")
     source = (REPOSITORY / f"{module.replace('.', '/')}.py").read_text()
@@ -270,7 +270,7 @@ def test_handler_is_there(path: Path) -> None:
 
 
 def test_interactor_is_built_on_the_trackers_images() -> None:
-    """Code and weights come with them: its folder holds nothing but its two files."""
+    """Those images hold code and weights; the interactor's folder holds only its two yaml files."""
     folder = INTERACTOR_CPU.parent
     build = read(INTERACTOR_CPU)["spec"]["build"]
     gpu_build = read(INTERACTOR_GPU)["spec"]["build"]
@@ -301,7 +301,7 @@ def test_all_configurations_describe_the_same_function(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_limits_of_nuclio_fit_those_of_the_function_and_of_cvat(path: Path) -> None:
-    """CVAT waits 120 s: a call queues for less, and is not killed before."""
+    """CVAT waits 120 s: a call waits less for a worker, and is not killed earlier."""
     cvat_timeout_s = 120
     spec = read(path)["spec"]
     seconds = re.fullmatch(r"(\d+)s", spec["eventTimeout"])
@@ -317,7 +317,7 @@ def test_limits_of_nuclio_fit_those_of_the_function_and_of_cvat(path: Path) -> N
 
 @pytest.mark.parametrize("path", ON_DOCKER, ids=name_of)
 def test_docker_brings_a_dead_function_back(path: Path) -> None:
-    """A worker that ends takes the processor down with it."""
+    """Nuclio's processor exits when one of its workers ends."""
     attributes = read(path)["spec"]["platform"]["attributes"]
 
     assert attributes["restartPolicy"]["name"] == "always"
@@ -325,13 +325,13 @@ def test_docker_brings_a_dead_function_back(path: Path) -> None:
 
 @pytest.mark.parametrize("path", ON_DOCKER, ids=name_of)
 def test_store_is_left_to_the_command_line(path: Path) -> None:
-    """A host in the yaml would win or clash where scripts give theirs with --env."""
+    """A Redis host in the yaml would conflict with the one that scripts pass with --env."""
     assert "env" not in read(path)["spec"]
     assert read(path)["spec"]["minReplicas"] == read(path)["spec"]["maxReplicas"] == 1
 
 
 def test_gpu_is_asked_for_where_it_is_needed() -> None:
-    """Docker and Kubernetes hand a GPU to a container that has this limit, and to no other."""
+    """Docker and Kubernetes give a GPU only to a container that has this limit."""
     for path in CONFIGS:
         asked = read(path)["spec"]["resources"]["limits"].get("nvidia.com/gpu", 0)
         assert asked == (path not in {CPU, INTERACTOR_CPU})
@@ -341,18 +341,18 @@ def test_gpu_is_asked_for_where_it_is_needed() -> None:
 
 
 @pytest.mark.parametrize("path", ON_DOCKER, ids=name_of)
-def test_image_is_built_as_root_and_runs_as_somebody_else(path: Path) -> None:
-    """Nuclio installs its wheels before our last directives; a number satisfies Kubernetes."""
-    found = read(path)["spec"]["build"]["directives"]
+def test_image_is_built_as_root_and_runs_as_another_user(path: Path) -> None:
+    """Nuclio installs its wheels, as root, before postCopy; Kubernetes wants a user number."""
+    steps = read(path)["spec"]["build"]["directives"]
 
-    assert found["postCopy"][-1] == {"kind": "USER", "value": "1000:1000"}
-    assert found["postCopy"][-2]["value"] == "chmod -R a+rX /opt/nuclio"
+    assert steps["postCopy"][-1] == {"kind": "USER", "value": "1000:1000"}
+    assert steps["postCopy"][-2]["value"] == "chmod -R a+rX /opt/nuclio"
     if path != GPU:
-        assert found["preCopy"] == [{"kind": "USER", "value": "root"}]
+        assert steps["preCopy"] == [{"kind": "USER", "value": "root"}]
 
 
-def test_kubernetes_overlays_differ_in_what_the_store_needs() -> None:
-    """Nodes, users and sizes of one cluster are those of the other function too."""
+def test_kubernetes_overlays_differ_in_what_redis_needs() -> None:
+    """Node selection, user and resources are equal for both functions."""
     tracker, interactor = read(KUBERNETES)["spec"], read(INTERACTOR_KUBERNETES)["spec"]
     differing = {"description", "handler", "env", "volumes", "minReplicas", "maxReplicas"}
 
@@ -362,14 +362,14 @@ def test_kubernetes_overlays_differ_in_what_the_store_needs() -> None:
 
 
 def test_kubernetes_overlay_takes_an_image_and_secrets() -> None:
-    """With a build section nuctl would build again; a password in a yaml stays in its history."""
+    """With a build section nuctl would build an image; a password in a yaml would be readable."""
     spec = read(KUBERNETES)["spec"]
-    env = {one["name"]: one for one in spec["env"]}
+    env = {variable["name"]: variable for variable in spec["env"]}
 
     assert "build" not in spec
     assert "secretKeyRef" in env["CVAT_FUNCTIONS_REDIS_PASSWORD"]["valueFrom"]
     assert spec["minReplicas"] >= 1
-    values = {name: one.get("value", "a secret") for name, one in env.items()}
+    values = {name: variable.get("value", "a secret") for name, variable in env.items()}
     redis = Settings.from_env(values).redis
     assert redis is not None
     assert redis.ssl
@@ -383,12 +383,12 @@ def test_kubernetes_overlay_takes_an_image_and_secrets() -> None:
 def instructions(text: str) -> list[tuple[str, str]]:
     """Return a Dockerfile's instructions with their arguments, continued lines joined."""
     text = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE)
-    found = []
+    parsed = []
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
         if line.strip():
             name, _, arguments = line.partition(" ")
-            found.append((name, arguments.strip()))
-    return found
+            parsed.append((name, arguments.strip()))
+    return parsed
 
 
 def values_of(name: str) -> list[str]:
@@ -396,8 +396,8 @@ def values_of(name: str) -> list[str]:
     return [value for kind, value in instructions(DOCKERFILE.read_text()) if kind == name]
 
 
-def test_dockerfile_keeps_to_the_rules_of_hadolint_that_apply_to_it() -> None:
-    """Its full check is run by hand (`hadolint Dockerfile`); this is what an edit may break."""
+def test_dockerfile_follows_the_rules_of_hadolint_that_apply_to_it() -> None:
+    """The full check is run by hand (`hadolint Dockerfile`); these rules an edit may break."""
     parsed = instructions(DOCKERFILE.read_text())
     kinds = [kind for kind, _ in parsed]
     known = {"ARG", "CMD", "COPY", "ENV", "EXPOSE", "FROM", "HEALTHCHECK", "RUN", "USER", "WORKDIR"}
@@ -420,8 +420,8 @@ def test_dockerfile_keeps_to_the_rules_of_hadolint_that_apply_to_it() -> None:
     assert json.loads(check[check.index("[") :])[:2] == ["python", "-c"]
 
 
-def test_layers_change_from_seldom_to_often() -> None:
-    """A change of code must not install PyTorch or fetch the weights again."""
+def test_layers_that_change_least_come_first() -> None:
+    """A change of code must not install PyTorch or download the weights again."""
     text = DOCKERFILE.read_text()
     order = [
         "requirements-torch.txt requirements.txt",
@@ -430,14 +430,14 @@ def test_layers_change_from_seldom_to_often() -> None:
         "*.py",
     ]
 
-    places = [text.index(f"COPY {sources}") for sources in order]
+    positions = [text.index(f"COPY {sources}") for sources in order]
 
-    assert places == sorted(places)
+    assert positions == sorted(positions)
     assert text.index("ARG SAM2_MODEL_ID") > text.index("--no-build-isolation")
 
 
-def test_everything_that_is_copied_is_there_and_not_ignored() -> None:
-    """.dockerignore lets through what the image is made of, and nothing else."""
+def test_everything_that_is_copied_exists_and_is_not_ignored() -> None:
+    """.dockerignore excludes everything but what the Dockerfiles copy."""
     allowed = [
         line[1:].rstrip("/")
         for line in (REPOSITORY / ".dockerignore").read_text().splitlines()
@@ -447,13 +447,13 @@ def test_everything_that_is_copied_is_there_and_not_ignored() -> None:
 
     assert "*" in (REPOSITORY / ".dockerignore").read_text().splitlines()
     for source in sources:
-        assert list(REPOSITORY.glob(source)), f"{source} is not there"
+        assert list(REPOSITORY.glob(source)), f"{source} does not exist"
         assert any(fnmatch.fnmatch(source.rstrip("/"), pattern) for pattern in allowed), source
     assert not any(fnmatch.fnmatch(".venv", pattern) for pattern in allowed)
 
 
-def test_cpu_and_gpu_images_are_made_alike() -> None:
-    """One Python, one set of pins, one model; only the index of PyTorch's wheels differs."""
+def test_cpu_and_gpu_images_are_built_alike() -> None:
+    """Same Python, same pins, same model; only the index of PyTorch's wheels differs."""
     assert read(GPU)["spec"]["build"]["baseImage"] == values_of("FROM")[0]
     gpu = dict(value.split("=", 1) for value in directives(GPU, "preCopy", "ARG"))
     cpu = dict(value.split("=", 1) for value in values_of("ARG"))
@@ -462,11 +462,11 @@ def test_cpu_and_gpu_images_are_made_alike() -> None:
     assert gpu["SAM2_MODEL_ID"] == cpu["SAM2_MODEL_ID"] == DEFAULT_MODEL_ID
     assert cpu["TORCH_INDEX"] == "https://download.pytorch.org/whl/cpu"
     assert re.fullmatch(r"https://download\.pytorch\.org/whl/cu12\d", gpu["TORCH_INDEX"])
-    # the same commands, but for which wheel they insist on, and what compiles for a GPU
+    # the same commands, except for the check of the wheel and the compiler for SAM2_COMPILE
     assert_line = re.compile(r'&& python -c ".*"')
     commands = [
-        [assert_line.sub("", " ".join(command.split())).strip() for command in found]
-        for found in (
+        [assert_line.sub("", " ".join(command.split())).strip() for command in image_commands]
+        for image_commands in (
             values_of("RUN"),
             [*directives(GPU, "preCopy", "RUN"), *directives(GPU, "postCopy", "RUN")],
         )
@@ -496,7 +496,7 @@ def test_gpu_image_has_the_compiler_that_sam2_compile_needs(
     assert install.endswith("rm -rf /var/lib/apt/lists/*")
 
 
-def test_gpu_yaml_copies_from_where_nuclio_stages_the_folder() -> None:
+def test_gpu_yaml_copies_from_nuclios_build_context() -> None:
     """Nuclio copies the function's folder to `handler` in the build context."""
     sources = [
         source for value in directives(GPU, "preCopy", "COPY") for source in value.split()[:-1]
@@ -510,7 +510,7 @@ def test_gpu_yaml_copies_from_where_nuclio_stages_the_folder() -> None:
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-torch.txt"])
-def test_everything_that_ships_is_pinned(name: str) -> None:
+def test_every_requirement_of_the_image_is_pinned(name: str) -> None:
     """The same folder builds the same image next year."""
     lines = [line.split("#")[0].strip() for line in (REPOSITORY / name).read_text().splitlines()]
 
@@ -519,7 +519,7 @@ def test_everything_that_ships_is_pinned(name: str) -> None:
 
 
 def test_compose_starts_the_tracker_after_its_redis() -> None:
-    """Names, ports and variables are those that the function reads."""
+    """Names, ports and variables are those that the function uses."""
     services = yaml.safe_load((REPOSITORY / "compose.yaml").read_text())["services"]
     tracker = services["tracker"]
     defaults = {
