@@ -17,8 +17,10 @@ WORKDIR /opt/nuclio
 # An extra index, because PyTorch's own lacks the pinned setuptools. Of equal versions pip prefers
 # the one with a local part (+cpu); the check stops a build that got a CUDA wheel nevertheless.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-COPY requirements-torch.txt requirements.txt /opt/requirements/
-RUN pip install --extra-index-url "$TORCH_INDEX" \
+COPY requirements-torch.txt requirements.txt deploy/check_torch_index.py /opt/requirements/
+RUN python /opt/requirements/check_torch_index.py "$TORCH_INDEX" \
+        /opt/requirements/requirements-torch.txt \
+    && pip install --extra-index-url "$TORCH_INDEX" \
         --requirement /opt/requirements/requirements-torch.txt \
     && python -c "import torch; assert torch.version.cuda is None, 'this wheel is with CUDA'"
 RUN SAM2_BUILD_CUDA=0 pip install --no-build-isolation \

@@ -26,9 +26,14 @@ which is the tracker. Its folder interactor/ is the interactor, which runs in th
   --namespace NAME       Nuclio's namespace (default: nuctl's own, which CVAT's Docker setup uses)
   --project NAME         Nuclio's project (default cvat, the only one whose functions CVAT lists)
   --network NAME         Docker network of CVAT (default cvat_cvat)
+  --port NUMBER          port of this machine for the function (default: the one in the yaml, 32270
+                         for the tracker, 32271 for the interactor); only with --platform local
   --registry URL         registry the cluster pulls from; required with --platform kube
   --model ID             model to put into the image, for example facebook/sam2.1-hiera-large, or
                          micro (default: SAM2_MODEL_ID, else facebook/sam2.1-hiera-tiny)
+  --torch-index URL      index of PyTorch's wheels for the build, for example
+                         https://download.pytorch.org/whl/cu130 (default: the one in the Dockerfile,
+                         on a GPU that in function-gpu.yaml)
   --image NAME           deploy this existing image instead of building one (docs/deployment.md)
   --build-only           build the image and deploy nothing, to use the image on another machine
   --env NAME=VALUE       environment variable of the function; may be repeated
@@ -50,7 +55,7 @@ parse_arguments() { # parse_arguments <CPU or GPU> <script folder> <arguments...
     kind=$1 folder=$2 code=$2
     shift 2
     platform=local namespace='' project=cvat network=cvat_cvat
-    registry=${NUCTL_REGISTRY:-} model=${SAM2_MODEL_ID:-} image=''
+    registry=${NUCTL_REGISTRY:-} model=${SAM2_MODEL_ID:-} image='' port='' torch_index=''
     self_test=yes dry_run=no build_only=no extra_env=()
     local given=no
     while (($#)); do
@@ -62,7 +67,7 @@ parse_arguments() { # parse_arguments <CPU or GPU> <script folder> <arguments...
             --dry-run) dry_run=yes ;;
             --no-self-test) self_test=no ;;
             --build-only) build_only=yes self_test=no ;;
-            --platform | --namespace | --project | --network | --registry | --model | --image | --env)
+            --platform | --namespace | --project | --network | --port | --registry | --model | --torch-index | --image | --env)
                 (($# > 1)) || fail "$EXIT_USAGE" "$1 needs a value; see --help"
                 case $1 in
                     --env)
@@ -74,6 +79,7 @@ parse_arguments() { # parse_arguments <CPU or GPU> <script folder> <arguments...
                             extra_env+=("$2")
                         fi
                         ;;
+                    --torch-index) torch_index=$2 ;;
                     *) printf -v "${1#--}" '%s' "$2" ;;
                 esac
                 shift
@@ -90,6 +96,14 @@ parse_arguments() { # parse_arguments <CPU or GPU> <script folder> <arguments...
         fail "$EXIT_USAGE" "--platform $platform is unknown: expected local or kube"
     [[ $build_only == no || $platform$image == local ]] ||
         fail "$EXIT_USAGE" "--build-only cannot be combined with --platform kube or --image"
+    [[ -z $port ]] || [[ $platform == local && $build_only == no ]] ||
+        fail "$EXIT_USAGE" "--port cannot be combined with --platform kube or --build-only"
+    [[ -z $port ]] || [[ $port =~ ^[1-9][0-9]{0,4}$ && $port -le 65535 ]] ||
+        fail "$EXIT_USAGE" "--port $port is not a port: expected a number from 1 to 65535"
+    [[ -z $torch_index || $torch_index =~ ^https?://[A-Za-z0-9._:/@%+-]+$ ]] ||
+        fail "$EXIT_USAGE" "--torch-index $torch_index is not a URL like https://download.pytorch.org/whl/cu130"
+    [[ -z $torch_index || -z $image ]] ||
+        fail "$EXIT_USAGE" "--torch-index cannot be combined with --image, which builds nothing"
     [[ $model =~ ^[A-Za-z0-9._/-]*$ ]] ||
         fail "$EXIT_USAGE" "--model $model is not a model id like facebook/sam2.1-hiera-tiny"
 }
@@ -118,6 +132,8 @@ find_function() { # find_function <yaml name>
     function_image=$(yaml_value "$yaml" '    image')
     display_name=$(yaml_value "$yaml" '    name')
     function_type=$(yaml_value "$yaml" '    type')
+    port=${port:-$(yaml_value "$yaml" '        port')}
+    container=nuclio-${namespace:-nuclio}-$function_name # as Nuclio names it on the local platform
     case $function_type in
         tracker) tab=Trackers ;;
         interactor) tab=Interactors ;;
@@ -189,6 +205,18 @@ preflight_cvat() { # checks what a deployment to CVAT on this machine requires; 
         missing+=("Docker has no access to GPUs: install NVIDIA's container toolkit, run 'nvidia-ctk runtime configure' and restart Docker")
 }
 
+preflight_port() { # checks that no other program has the function's port; adds to `missing`
+    local user
+    user=$(docker ps --filter "publish=$port" --format '{{.Names}}' 2>/dev/null || true)
+    if [[ $user == "$container" ]]; then
+        return 0 # the function that is replaced
+    elif [[ -n $user ]]; then
+        missing+=("port $port is used by the container ${user//$'\n'/, }: choose another with --port")
+    elif (: >"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+        missing+=("port $port is used by another program: choose another with --port")
+    fi
+}
+
 preflight() {
     local missing=() tool tools=(docker nuctl) client server
     [[ $self_test == no || $platform == kube ]] || tools+=(curl)
@@ -205,7 +233,12 @@ preflight() {
     else
         ! builds_on_the_trackers_image || docker image inspect "$base_image" >/dev/null 2>&1 ||
             missing+=("the image $base_image does not exist: deploy the tracker first, or build its image with $(basename "$0") --build-only")
-        [[ $platform == kube || $build_only == yes ]] || preflight_cvat
+        ! builds_the_base_image || docker buildx version >/dev/null 2>&1 ||
+            missing+=("Docker's buildx plugin is not installed, which builds the image (package docker-buildx or docker-buildx-plugin)")
+        if [[ $platform == local && $build_only == no ]]; then
+            preflight_cvat
+            preflight_port
+        fi
     fi
     if ((${#missing[@]})); then
         complain "Cannot deploy:"
@@ -229,6 +262,10 @@ builds_on_the_trackers_image() { # only on a GPU: on a CPU this script builds th
     [[ $kind == GPU && $function_type == interactor && -z $image ]]
 }
 
+builds_the_base_image() { # on a GPU, Nuclio builds everything from public images
+    [[ $kind == CPU && -z $image ]]
+}
+
 stage_function() {
     # nuctl copies the whole folder into the image, and fails on links to folders, such as those in a
     # virtual environment. So it gets a copy of the files that the function imports, readable to all.
@@ -242,7 +279,7 @@ stage_function() {
     cp -- "$code"/*.py "$code"/requirements.txt "$code"/requirements-torch.txt "$folder/$config" "$stage/"
     rm -f -- "$stage/track_video.py" "$stage/track_task.py"
     mkdir "$stage/deploy"
-    cp -- "$code/deploy/download_weights.py" "$stage/deploy/"
+    cp -- "$code/deploy/check_torch_index.py" "$code/deploy/download_weights.py" "$stage/deploy/"
     cp -R -- "$code/interaction" "$code/weights" "$stage/"
     rm -rf -- "$stage/interaction/__pycache__"
     if [[ -n $model ]] && builds_on_the_trackers_image; then
@@ -250,12 +287,23 @@ stage_function() {
     elif [[ -n $model && $kind == GPU ]]; then
         sed -i.bak "s|\(value: SAM2_MODEL_ID=\)[A-Za-z0-9._/-]*$|\1$model|" "$stage/$config"
     fi
+    if [[ -n $torch_index ]] && builds_on_the_trackers_image; then
+        complain "Note: the interactor uses PyTorch in the image $base_image; --torch-index is ignored."
+    elif [[ -n $torch_index && $kind == GPU ]]; then
+        sed -i.bak "s|\(value: TORCH_INDEX=\).*$|\1$torch_index|" "$stage/$config"
+    fi
+    if [[ $platform == local ]]; then
+        sed -i.bak "s/^        port: .*$/        port: $port/" "$stage/$config"
+    else
+        sed -i.bak '/^        port: /d' "$stage/$config" # Kubernetes would take it for a node port
+    fi
     if [[ -n $image ]]; then
         # nuctl builds an image whenever the yaml has a build section
         sed -i.bak '/^  build:/,/^  [^ #]/ { /^  build:/d; /^  [^ #]/!d; }' "$stage/$config"
     fi
     rm -f -- "$stage/$config.bak"
-    chmod -R a+rX -- "$work"
+    # The modes of a clone and of an archive differ, and Docker's build cache compares them.
+    chmod -R u=rwX,go=rX -- "$work"
     cd "$work" || exit # nuctl writes temporary files into the current folder
     [[ $dry_run == no ]] ||
         say "# $stage is a copy of $folder/$config and of the files in $code that the Dockerfile copies"
@@ -264,12 +312,13 @@ stage_function() {
 build_base_image() {
     local arguments=(--tag "$base_image") name
     [[ -z $model ]] || arguments+=(--build-arg "SAM2_MODEL_ID=$model")
+    [[ -z $torch_index ]] || arguments+=(--build-arg "TORCH_INDEX=$torch_index")
     for name in HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy; do
         # By name only: Docker reads the value, which may hold a password, from the environment.
         [[ -z ${!name:-} ]] || arguments+=(--build-arg "$name")
     done
     export DOCKER_BUILDKIT=1
-    run docker build "${arguments[@]}" "$code" ||
+    run docker build "${arguments[@]}" --file "$code/Dockerfile" "$stage" ||
         fail "$EXIT_FAILED" "The base image was not built; nothing was deployed."
 }
 
@@ -282,6 +331,17 @@ ensure_project() {
         fail "$EXIT_FAILED" "Nuclio's project $project was not created; nothing was deployed."
 }
 
+build_image() { # --build-only
+    # 'nuctl build' crashes on the local platform. A disabled function of another name is built
+    # likewise, without stopping the function that runs under the real name.
+    local build_name=$function_name-build
+    run nuctl deploy "$build_name" --project-name "$project" --path "$stage" \
+        --file "$stage/$config" "${nuctl_options[@]}" --disable ||
+        fail "$EXIT_FAILED" "The image was not built."
+    run nuctl delete function "$build_name" "${nuctl_options[@]}" ||
+        complain "Warning: the disabled function $build_name was not deleted; nothing uses it."
+}
+
 deploy_function() {
     local arguments=(--file "$stage/$config" "${nuctl_options[@]}") pair
     if [[ -n $image ]]; then
@@ -292,9 +352,7 @@ deploy_function() {
     fi
     ((${#function_env[@]} == 0)) ||
         for pair in "${function_env[@]}"; do arguments+=(--env "$pair"); done
-    if [[ $build_only == yes ]]; then
-        arguments+=(--disable) # 'nuctl build' crashes on the local platform
-    elif [[ $platform == local ]]; then
+    if [[ $platform == local ]]; then
         arguments+=(--platform-config "{\"attributes\": {\"network\": \"$network\"}}")
     fi
     run nuctl deploy --project-name "$project" "${arguments[@]}" ||
@@ -347,7 +405,7 @@ test_tracker() {
 }
 
 report() {
-    local status reasons=() log_command port function_namespace
+    local status reasons=() log_command port docker_port function_namespace
     status=$(nuctl get function "$function_name" "${nuctl_options[@]}" --output json) ||
         fail "$EXIT_SELF_TEST" "nuctl does not find the function that it has just deployed."
     status=${status//[[:space:]]/}
@@ -359,6 +417,10 @@ report() {
         log_command="docker logs nuclio-$function_namespace-$function_name"
         [[ $function_namespace == nuclio ]] || reasons+=("its namespace is $function_namespace, not nuclio")
         [[ -n $port ]] || reasons+=("it has no port")
+        docker_port=$(docker port "nuclio-$function_namespace-$function_name" 8080 2>/dev/null || true)
+        docker_port=$(first_match "$docker_port" ':([0-9]+)')
+        [[ -z $docker_port || $docker_port == "$port" ]] ||
+            reasons+=("Nuclio calls it on port $port, but its container has port $docker_port: deploy it again")
     fi
     [[ $status == *'"nuclio.io/project-name":"cvat"'* ]] || reasons+=("its project is not cvat")
     [[ $status == *"\"type\":\"$function_type\""* ]] || reasons+=("its annotation type is not $function_type")
@@ -377,6 +439,7 @@ report() {
         printf -v joined '%s; ' "${reasons[@]}"
         fail "$EXIT_SELF_TEST" "CVAT will not list it: ${joined%; }."
     fi
+    [[ $platform == kube ]] || say "It listens on port $port of this machine."
     say "CVAT will list it: AI Tools, $tab, $display_name (reload the page)."
 }
 
@@ -388,9 +451,13 @@ deploy() { # deploy <CPU or GPU> <yaml name> <script folder> <arguments...>
     set_nuctl_options
     [[ $dry_run == yes ]] || preflight
     stage_function
-    [[ $kind == GPU || -n $image ]] || build_base_image
+    ! builds_the_base_image || build_base_image
     ensure_project
-    deploy_function
+    if [[ $build_only == yes ]]; then
+        build_image
+    else
+        deploy_function
+    fi
     [[ $dry_run == no ]] || return 0
     if [[ $build_only == yes ]]; then
         say "Built $function_image. On the machine where CVAT runs, deploy it with --image $function_image."

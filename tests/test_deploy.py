@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -170,9 +171,12 @@ class Machine:
 
 def _unstage(call: list[str]) -> list[str]:
     """Name the temporary folder of the copied function, which differs from run to run."""
-    if call[:2] != ["nuctl", "deploy"]:
+    if call[:2] == ["nuctl", "deploy"]:
+        staged = str(Path(call[call.index("--file") + 1]).parent)
+    elif call[:2] == ["docker", "build"]:
+        staged = call[-1]
+    else:
         return call
-    staged = str(Path(call[call.index("--file") + 1]).parent)
     return [word.replace(staged, STAGED) for word in call]
 
 
@@ -212,6 +216,14 @@ def nuctl_deploy(config: str, *options: str, platform: str = "local") -> list[st
     ]
 
 
+def docker_build(folder: Path, *options: str) -> list[str]:
+    """Return the command line that builds the base image from the copied function."""
+    return [
+        *("docker", "build", "--tag", BASE_IMAGE, *options),
+        *("--file", f"{folder}/Dockerfile", STAGED),
+    ]
+
+
 def cvat_redis() -> list[str]:
     """Return the options with which CVAT's scripts name its own Redis."""
     return [
@@ -225,9 +237,7 @@ def test_cpu_deployment_runs_the_command_lines_of_cvats_script(machine: Machine)
     outcome = machine.run(REPOSITORY / "deploy_cpu.sh")
 
     assert outcome.status == 0, outcome.text
-    assert outcome.of("docker", "build") == [
-        ["docker", "build", "--tag", BASE_IMAGE, str(REPOSITORY)]
-    ]
+    assert outcome.of("docker", "build") == [docker_build(REPOSITORY)]
     assert outcome.of("nuctl", "create") == [
         ["nuctl", "create", "project", "cvat", "--platform", "local"]
     ]
@@ -256,7 +266,7 @@ def test_folder_with_spaces_stays_one_word(machine: Machine, given: str) -> None
     outcome = machine.run("deploy_cpu.sh", machine.folder / "my functions" / given)
 
     assert outcome.status == 0, outcome.text
-    assert outcome.of("docker", "build")[0] == ["docker", "build", "--tag", BASE_IMAGE, str(folder)]
+    assert outcome.of("docker", "build") == [docker_build(folder)]
     assert len(outcome.of("nuctl", "deploy")) == 1
 
 
@@ -270,7 +280,8 @@ def test_scripts_deploy_their_own_folder_inside_a_cvat_checkout(machine: Machine
     outcome = machine.run(folder / "deploy_cpu.sh")
 
     assert outcome.status == 0, outcome.text
-    assert outcome.of("docker", "build") == [cvats_docker_build(folder / "function.yaml")]
+    assert outcome.of("docker", "build") == [docker_build(folder)]
+    assert cvats_docker_build(folder / "function.yaml")[3] == BASE_IMAGE
 
 
 @pytest.mark.parametrize("name", ["function.yaml", "function-gpu.yaml"])
@@ -319,9 +330,7 @@ def test_interactor_is_deployed_from_the_same_checkout(machine: Machine) -> None
     outcome = machine.run(REPOSITORY / "deploy_cpu.sh", INTERACTOR, answers=interactor_answers())
 
     assert outcome.status == 0, outcome.text
-    assert outcome.of("docker", "build") == [
-        ["docker", "build", "--tag", BASE_IMAGE, str(REPOSITORY)]
-    ]
+    assert outcome.of("docker", "build") == [docker_build(REPOSITORY)]
     assert outcome.of("nuctl", "deploy") == [
         nuctl_deploy("function.yaml", "--platform-config", NETWORK)
     ]
@@ -400,7 +409,8 @@ def test_interactor_inside_a_cvat_checkout_is_deployed_with_the_code_around_it(
     )
 
     assert outcome.status == 0, outcome.text
-    assert outcome.of("docker", "build") == [cvats_docker_build(folder / "function.yaml")]
+    assert outcome.of("docker", "build") == [docker_build(folder)]
+    assert cvats_docker_build(folder / "function.yaml")[3] == BASE_IMAGE
 
 
 def test_self_test_of_the_interactor_asks_for_a_click(machine: Machine) -> None:
@@ -635,9 +645,127 @@ def test_image_is_built_without_a_cvat_or_a_gpu_beside_it(machine: Machine) -> N
     )
 
     assert outcome.status == 0, outcome.text
-    assert outcome.of("nuctl", "deploy") == [nuctl_deploy("function-gpu.yaml", "--disable")]
+    deploy, delete = outcome.of("nuctl", "deploy"), outcome.of("nuctl", "delete")
+    assert deploy == [
+        ["nuctl", "deploy", f"{NAME}-build", *nuctl_deploy("function-gpu.yaml", "--disable")[2:]]
+    ]
+    assert delete == [["nuctl", "delete", "function", f"{NAME}-build", "--platform", "local"]]
     assert outcome.of("nuctl", "get", "function") == []
     assert "--image cvat.pth.facebookresearch.sam2_tracker:latest-gpu" in outcome.text
+
+
+def test_building_an_image_leaves_the_running_function_alone(machine: Machine) -> None:
+    """Nuclio stops a function when one of its name is deployed disabled."""
+    outcome = machine.run("deploy_cpu.sh", "--build-only")
+
+    assert outcome.status == 0, outcome.text
+    names = [call[2] for call in outcome.of("nuctl", "deploy")]
+    assert names == [f"{NAME}-build"]
+    assert [call[3] for call in outcome.of("nuctl", "delete")] == names
+
+
+def staged_port(machine: Machine, config: str) -> object:
+    """Return the port in the yaml that nuctl was given."""
+    staged = yaml.safe_load((machine.folder / "staged" / config).read_text())
+    return staged["spec"]["triggers"]["http"]["attributes"].get("port")
+
+
+def test_functions_on_one_host_have_ports_of_their_own(machine: Machine) -> None:
+    """Docker would give a container another port at each start, and CVAT would call the first."""
+    ports = {}
+    for folder in (REPOSITORY, INTERACTOR):
+        for config in ("function.yaml", "function-gpu.yaml"):
+            attributes = yaml.safe_load((folder / config).read_text())["spec"]["triggers"]["http"]
+            ports[folder.name, config] = attributes["attributes"]["port"]
+
+    assert len(set(ports.values())) == 2
+    assert machine.run("deploy_gpu.sh").status == 0
+    assert staged_port(machine, "function-gpu.yaml") == ports[REPOSITORY.name, "function-gpu.yaml"]
+
+
+def test_port_can_be_chosen(machine: Machine) -> None:
+    """The yaml in the checkout stays as it is."""
+    outcome = machine.run("deploy_cpu.sh", "--port", "31999")
+
+    assert outcome.status == 0, outcome.text
+    assert staged_port(machine, "function.yaml") == 31999
+    assert "It listens on port 49153 of this machine" in outcome.text  # which nuctl answered
+
+
+def test_port_of_another_program_is_found_before_anything_is_built(machine: Machine) -> None:
+    """Docker would refuse to start the container after the build."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        outcome = machine.run("deploy_cpu.sh", "--port", str(server.getsockname()[1]))
+
+    assert outcome.status == EXIT_MISSING
+    assert "is used by another program: choose another with --port" in outcome.text
+    assert outcome.of("docker", "build") == []
+
+
+@pytest.mark.parametrize(
+    ("container", "status"), [("other-function", EXIT_MISSING), (f"nuclio-nuclio-{NAME}", 0)]
+)
+def test_port_of_a_container_is_free_only_for_its_own_function(
+    machine: Machine, container: str, status: int
+) -> None:
+    """A deployment replaces the function's earlier container."""
+    outcome = machine.run("deploy_cpu.sh", answers=[("docker", ["ps"], f"{container}\n", 0)])
+
+    assert outcome.status == status, outcome.text
+    assert ("used by the container other-function" in outcome.text) == bool(status)
+
+
+def test_port_that_changed_at_a_restart_is_noticed(machine: Machine) -> None:
+    """Nuclio says ready and names the old port; deployed anew, both agree."""
+    first = machine.run("deploy_cpu.sh", answers=[("docker", ["port"], "0.0.0.0:49153\n", 0)])
+    restarted = machine.run("deploy_cpu.sh", answers=[("docker", ["port"], "0.0.0.0:32772\n", 0)])
+
+    assert first.status == 0, first.text
+    assert restarted.status == EXIT_SELF_TEST
+    assert "Nuclio calls it on port 49153, but its container has port 32772" in restarted.text
+
+
+@pytest.mark.parametrize("script", ["deploy_cpu.sh", "deploy_gpu.sh"])
+def test_index_of_pytorch_reaches_the_build(machine: Machine, script: str) -> None:
+    """As a build argument of the base image, or in the copied GPU yaml."""
+    url = "https://mirror.example.com/whl/cu130"
+
+    outcome = machine.run(script, "--torch-index", url)
+
+    assert outcome.status == 0, outcome.text
+    if script == "deploy_cpu.sh":
+        arguments = ["--build-arg", f"TORCH_INDEX={url}"]
+        assert outcome.of("docker", "build") == [docker_build(machine.checkout, *arguments)]
+    else:
+        staged = (machine.folder / "staged" / "function-gpu.yaml").read_text()
+        assert re.findall(r"value: TORCH_INDEX=(.*)", staged) == [url]
+
+
+def test_missing_buildx_is_found_before_the_build(machine: Machine) -> None:
+    """Docker's command line without the plugin fails at the first build."""
+    missing = [("docker", ["buildx"], "", 1)]
+
+    assert machine.run("deploy_gpu.sh", answers=missing).status == 0  # Nuclio builds without it
+    outcome = machine.run("deploy_cpu.sh", answers=missing)
+
+    assert outcome.status == EXIT_MISSING
+    assert "buildx plugin is not installed" in outcome.text
+
+
+def test_builds_of_a_clone_and_of_an_archive_are_the_same(machine: Machine) -> None:
+    """Docker's build cache compares modes, which git gives a clone and an archive differently."""
+    modes = []
+    for mode in (0o664, 0o644):
+        folder = copy_function(machine.folder / f"{mode}")
+        for path in folder.rglob("*"):
+            path.chmod(mode | 0o111 if path.is_dir() else mode)
+        assert machine.run("deploy_cpu.sh", folder).status == 0
+        staged = machine.folder / "staged"
+        modes.append(
+            {str(path.relative_to(staged)): path.stat().st_mode for path in staged.rglob("*")}
+        )
+
+    assert modes[0] == modes[1]
 
 
 def test_proxies_reach_the_build_without_being_printed(machine: Machine) -> None:
@@ -831,6 +959,11 @@ def test_function_that_cvat_will_not_list_is_told_so(
         (["--platform"], "needs a value"),
         (["--env", "NOVALUE"], "NAME=VALUE"),
         (["--model", "a b"], "not a model id"),
+        (["--port", "http"], "expected a number from 1 to 65535"),
+        (["--port", "70000"], "expected a number from 1 to 65535"),
+        (["--port", "8080", "--platform", "kube"], "cannot be combined with --platform kube"),
+        (["--torch-index", "cu130"], "is not a URL like"),
+        (["--torch-index", "https://x/cpu", "--image", "x"], "--image, which builds nothing"),
         (["--frobnicate"], "not an option"),
         (["--build-only", "--image", "x"], "cannot be combined with --platform kube or --image"),
         (["one", "two"], "expected one folder, found two: one and two"),
@@ -938,6 +1071,7 @@ def copy_function(target: Path, *, scripts: bool = False) -> Path:
     (target / "interaction" / "main.py").write_text("")
     (target / "deploy").mkdir()
     names = ["function.yaml", "function-gpu.yaml", "Dockerfile", "deploy/download_weights.py"]
+    names += ["deploy/check_torch_index.py"]
     names += ["requirements.txt", "requirements-torch.txt"]
     if scripts:
         names += ["deploy_cpu.sh", "deploy_gpu.sh", "deploy/deploy_lib.sh"]

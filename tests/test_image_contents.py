@@ -116,7 +116,7 @@ def test_deploy_scripts_hand_nuctl_what_the_dockerfile_copies(tmp_path: Path) ->
         if path.is_file()
     }
     assert {path for path in staged if path.endswith(".py") or path.startswith("weights/")} == (
-        image_files() | {"deploy/download_weights.py"}
+        image_files() | {"deploy/check_torch_index.py", "deploy/download_weights.py"}
     )
 
 
