@@ -879,56 +879,6 @@ def test_scripts_are_shellcheck_clean(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stdout
 
 
-DOCS = ["deployment.md", "kubernetes.md", "troubleshooting.md"]
-
-
-@pytest.mark.parametrize("name", DOCS)
-def test_docs_link_to_what_is_there(name: str) -> None:
-    """Files, and the headings within them."""
-    text = (REPOSITORY / "docs" / name).read_text()
-    links = re.findall(r"\]\((?!https://)([^)#]*)(?:#([^)]*))?\)", text)
-
-    assert links
-    for file, anchor in links:
-        target = REPOSITORY / "docs" / (file or name)
-        assert target.exists(), file
-        if anchor:
-            headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE)
-            slugs = [re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings]
-            assert anchor in slugs
-
-
-@pytest.mark.parametrize("name", DOCS)
-def test_docs_name_options_and_variables_that_exist(name: str) -> None:
-    """What is renamed in the code must not live on in the docs."""
-    text = (REPOSITORY / "docs" / name).read_text()
-    known = "".join(
-        (REPOSITORY / one).read_text() for one in ("settings.py", "deploy/deploy_lib.sh")
-    )
-    compose = (REPOSITORY / "compose.yaml").read_text()
-
-    for variable in re.findall(r"\bSAM2_[A-Z_]+\b|\bCVAT_FUNCTIONS_[A-Z_]+[A-Z]\b", text):
-        assert variable in known + compose, variable
-    for command in re.findall(r"deploy_[cg]pu\.sh ([^`\n#]*)", text):
-        for option in re.findall(r"--[a-z-]+", command):
-            assert option in known, option
-
-
-def test_troubleshooting_gives_sign_cause_and_fix_of_ten_failures() -> None:
-    """What people report about such functions."""
-    text = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
-
-    entries = re.split(r"^## \d+\. ", text, flags=re.MULTILINE)[1:]
-
-    assert len(entries) == 10
-    for entry in entries:
-        assert re.findall(r"^- \*\*(\w+)\*\*: ", entry, flags=re.MULTILINE) == [
-            "Sign",
-            "Cause",
-            "Fix",
-        ]
-
-
 def copy_function(target: Path, *, scripts: bool = False) -> Path:
     """Make a folder like the repository's root, with stand-ins for the code."""
     (target / "weights" / "micro").mkdir(parents=True)
