@@ -1,8 +1,10 @@
-"""Owns SAM 2: frame -> features, prompt -> memory, memory -> mask; knows no JSON and no store.
+"""Run SAM 2: frame to features, prompt to mask and memory, memories to the next mask.
 
-The masks equal those of `sam2.sam2_video_predictor.SAM2VideoPredictor` for the same frames, weights
-and prompts: the same modules are called in the same order on the same numbers. What the predictor
-keeps in one growing session, this module takes in and gives back as small immutable pieces.
+The masks equal those of `sam2.sam2_video_predictor.SAM2VideoPredictor` on the same frames, weights
+and prompts, with its filling of small holes as on CUDA (a plain install of SAM 2 on a CPU skips
+that step). The same modules are called in the same order on the same numbers. The predictor keeps
+everything in one growing session; here a state and its memories are small immutable values that
+the caller passes in and gets back.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any
 
 import cachetools
@@ -22,6 +24,7 @@ from PIL import Image
 from sam2.sam2_video_predictor import SAM2VideoPredictor
 from torch.nn import functional
 
+from mask_regions import fill_holes
 from shapes import Box, Mask, SizeHW
 from track_state import MEMORY_REACH, TrackState
 
@@ -29,8 +32,8 @@ from track_state import MEMORY_REACH, TrackState
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 
-# A stream has no known length. From 16 frames up the length changes nothing in SAM 2 but a bound
-# (sam2_base.py, max_obj_ptrs_in_encoder), so any number beyond every video will do.
+# The length of a stream is unknown. From 16 frames up SAM 2 uses it only as an upper bound of frame
+# numbers (sam2_base.py, max_obj_ptrs_in_encoder): any number above all videos' lengths is right.
 NUM_FRAMES = 1 << 40
 
 
@@ -51,11 +54,11 @@ class FrameFeatures:
 
 @dataclass(frozen=True, eq=False)
 class ObjectOutput:
-    """What SAM 2 says of one object on one frame.
+    """SAM 2's output for one object on one frame.
 
     Attributes:
         low_res_logits: Mask scores before thresholding, small holes filled, `(1, 1, S/4, S/4)`.
-        object_score: Whether the object is visible at all: a logit, above 0 for yes.
+        object_score: Object score logit, above 0 if the object is visible.
         obj_ptr: Object pointer `(C,)`, float32, on the CPU.
         memory: Memory features `(M, S/16, S/16)`, bfloat16, on the model's device.
     """
@@ -71,10 +74,15 @@ class ModelHandler:
 
     Args:
         model: In evaluation mode, on its device.
-        fingerprint: Names model, weights and input size; states of another are refused.
-        batch_objects: Objects per forward pass. One at a time is bit-exact; a batch is the same
-            mathematics with other rounding.
+        fingerprint: Identifies model, weights and input size; states of another are refused.
+        batch_objects: Most objects per forward pass. One at a time is bit-exact; a batch is the
+            same formulas with different rounding.
         feature_cache_frames: Encoded frames to keep on the device.
+        compiled: Whether the network is compiled, which it is for each size of a batch: then the
+            sizes are powers of two.
+
+    Attributes:
+        batch_objects: As given; less after a batch did not fit into the device's memory.
     """
 
     def __init__(
@@ -84,19 +92,21 @@ class ModelHandler:
         fingerprint: str,
         batch_objects: int,
         feature_cache_frames: int,
+        compiled: bool = False,
     ) -> None:
         self.fingerprint = fingerprint
+        self.batch_objects = batch_objects
+        self.compiled = compiled
         self.device: torch.device = model.device
         self.image_size: int = model.image_size
         self.obj_ptr_size: int = model.hidden_dim
         side = model.sam_image_embedding_size
         self.memory_shape: tuple[int, int, int] = (model.mem_dim, side, side)
         self._model = model
-        self._batch_objects = batch_objects
         self._features: cachetools.LRUCache[str, FrameFeatures] = cachetools.LRUCache(
             feature_cache_frames
         )
-        self._shades = _normalised_shades()
+        self._normalised_values = _normalised_values()
         with inference(self.device):
             blank = torch.zeros(1, *self.memory_shape, dtype=self.dtype, device=self.device)
             position = model.memory_encoder.position_encoding(blank)
@@ -108,22 +118,22 @@ class ModelHandler:
         return compute_dtype(self.device)
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
-        """Return what the model sees of an RGB frame: `(3, S, S)`, float32, not yet on its device.
+        """Return the model's input for an RGB frame: `(3, S, S)`, float32, on the CPU.
 
         Source: `sam2/utils/misc.py`, `_load_img_as_tensor` and `load_video_frames`.
         """
         resized = np.asarray(image.resize((self.image_size, self.image_size)))
-        return torch.from_numpy(cv2.LUT(resized, self._shades)).permute(2, 0, 1)
+        return torch.from_numpy(cv2.LUT(resized, self._normalised_values)).permute(2, 0, 1)
 
     def encode_frame(
         self, key: str, size_hw: SizeHW, pixels: Callable[[], torch.Tensor]
     ) -> FrameFeatures:
-        """Encode a frame, or return it as it was encoded for an earlier request.
+        """Return a frame's features, from the cache if they are there.
 
         Args:
-            key: Names the frame's content.
-            size_hw: Of the frame itself.
-            pixels: Gives what `pixels` made of it; called only when needed.
+            key: Identifies the frame's content.
+            size_hw: Height and width of the frame itself.
+            pixels: Returns the model's input, see `pixels`; called only if it has to be encoded.
         """
         features = self._features.get(key)
         if features is None:
@@ -144,11 +154,11 @@ class ModelHandler:
         return prompt >= 0.5
 
     def start_from_mask(self, frame: FrameFeatures, prompt: torch.Tensor) -> ObjectOutput:
-        """Begin an object at a mask of the frame's, as `mask_prompt` returned it."""
+        """Start an object from a mask on the frame, as `mask_prompt` returned it."""
         return self._start(frame, mask_inputs=prompt.float(), point_inputs=None)
 
     def start_from_box(self, frame: FrameFeatures, box: Box) -> ObjectOutput:
-        """Begin an object at a box XYXY in the frame's pixels, far edge excluded.
+        """Start an object from a box XYXY in the frame's pixels, far edge excluded.
 
         Source: `SAM2VideoPredictor.add_new_points_or_box`: a box is two points labelled 2 and 3.
         """
@@ -168,25 +178,39 @@ class ModelHandler:
         states: Sequence[TrackState],
         memories: Mapping[str, torch.Tensor],
         before_batch: Callable[[], None] = lambda: None,
+        free_memory: Callable[[], None] = lambda: None,
     ) -> list[ObjectOutput]:
-        """Find objects on the frame that follows their states'.
+        """Track objects to the next frame.
+
+        A batch that does not fit into the device's memory is halved; later ones are no larger.
 
         Args:
             frame: The next frame.
             states: One per object, of any ages.
             memories: Memory features by id, on the device, for all `memory_ids` of the states.
-            before_batch: Called before each forward pass; may raise to give up.
+            before_batch: Called before each forward pass; may raise to stop.
+            free_memory: Called before a smaller batch is tried.
 
         Returns:
             One output per state, in order.
+
+        Raises:
+            torch.OutOfMemoryError: One object alone does not fit.
         """
         outputs: dict[int, ObjectOutput] = {}
         by_layout = sorted(range(len(states)), key=lambda index: _layout(states[index]))
         for _, group in groupby(by_layout, key=lambda index: _layout(states[index])):
-            while batch := list(islice(group, self._batch_objects)):
+            indices = list(group)
+            while indices:
                 before_batch()
-                found = self._step_batch(frame, [states[index] for index in batch], memories)
-                outputs.update(zip(batch, found, strict=True))
+                batch = indices[: self._batch_size(len(indices))]
+                stepped = self._try_batch(frame, [states[index] for index in batch], memories)
+                if stepped is None:
+                    self.batch_objects = len(batch) // 2
+                    free_memory()
+                else:
+                    outputs.update(zip(batch, stepped, strict=True))
+                    indices = indices[len(batch) :]
         return [outputs[index] for index in range(len(states))]
 
     def full_size_mask(self, frame: FrameFeatures, output: ObjectOutput) -> Mask:
@@ -200,6 +224,11 @@ class ModelHandler:
             )
             mask: Mask = (logits[0, 0] > 0).cpu().numpy()
         return mask
+
+    def free_memory(self) -> None:
+        """Forget all encoded frames, and give unused memory of the device back to its driver."""
+        self._features.clear()
+        torch.cuda.empty_cache()  # does nothing where CUDA is not in use
 
     def _encode(self, size_hw: SizeHW, pixels: torch.Tensor) -> FrameFeatures:
         with inference(self.device):
@@ -231,8 +260,8 @@ class ModelHandler:
                 run_mem_encoder=False,
             )
             low_res_logits = fill_holes(out["pred_masks"], self._model.fill_hole_area)
-            # `propagate_in_video_preflight` makes the memory of a prompted frame anew, from the
-            # low-resolution scores of all objects together.
+            # `propagate_in_video_preflight` encodes the memory of a prompted frame again, from the
+            # low_res_logits of all objects together.
             high_res_logits = functional.interpolate(
                 low_res_logits,
                 (self.image_size, self.image_size),
@@ -248,28 +277,49 @@ class ModelHandler:
             )
             return _outputs(low_res_logits, out, memory)[0]
 
+    def _batch_size(self, count: int) -> int:
+        """Return how many of `count` objects the next batch takes."""
+        size = min(count, self.batch_objects)
+        return 1 << (size.bit_length() - 1) if self.compiled else size
+
+    def _try_batch(
+        self,
+        frame: FrameFeatures,
+        states: Sequence[TrackState],
+        memories: Mapping[str, torch.Tensor],
+    ) -> list[ObjectOutput] | None:
+        """Step objects of one layout; return None if several do not fit into the memory."""
+        try:
+            return self._step_batch(frame, states, memories)
+        except torch.OutOfMemoryError:
+            if len(states) == 1:
+                raise
+        # Here, unlike in the except block, no traceback holds the tensors of the failed pass.
+        return None
+
     def _step_batch(
         self,
         frame: FrameFeatures,
         states: Sequence[TrackState],
         memories: Mapping[str, torch.Tensor],
     ) -> list[ObjectOutput]:
-        """Step objects of one layout in one forward pass, on the clock of the first."""
+        """Step objects of one layout in one forward pass, with the first one's frame numbers."""
         with inference(self.device):
             first = states[0]
             entries = [state.conditioning + state.past for state in states]
-            in_reach = len(first.conditioning) + max(0, len(first.past) - MEMORY_REACH)
-            remembered: list[dict[str, Any]] = []
-            for place, objects in enumerate(zip(*entries, strict=True)):
-                pointers = torch.stack([past_frame.obj_ptr for past_frame in objects])
-                memory: dict[str, Any] = {"obj_ptr": pointers.to(self.device)}
-                if place < len(first.conditioning) or place >= in_reach:
-                    features = torch.stack([memories[past_frame.id] for past_frame in objects])
+            first_in_reach = len(first.conditioning) + max(0, len(first.past) - MEMORY_REACH)
+            frame_outputs: list[dict[str, Any]] = []  # in the predictor's terms
+            for index, past_frames in enumerate(zip(*entries, strict=True)):
+                pointers = torch.stack([past_frame.obj_ptr for past_frame in past_frames])
+                outputs: dict[str, Any] = {"obj_ptr": pointers.to(self.device)}
+                if index < len(first.conditioning) or index >= first_in_reach:
+                    features = torch.stack([memories[past_frame.id] for past_frame in past_frames])
                     position = self._memory_position.expand(len(states), -1, -1, -1)
-                    memory |= {"maskmem_features": features, "maskmem_pos_enc": [position]}
-                remembered.append(memory)
+                    outputs |= {"maskmem_features": features, "maskmem_pos_enc": [position]}
+                frame_outputs.append(outputs)
             by_step = [
-                (entry.step, memory) for entry, memory in zip(entries[0], remembered, strict=True)
+                (entry.step, outputs)
+                for entry, outputs in zip(entries[0], frame_outputs, strict=True)
             ]
             out = self._model.track_step(
                 frame_idx=first.newest.step + 1,
@@ -288,7 +338,7 @@ class ModelHandler:
             return _outputs(low_res_logits, out, out["maskmem_features"])
 
     def _frame_inputs(self, frame: FrameFeatures, count: int) -> dict[str, Any]:
-        """Lay one frame out for `count` objects, without copying it.
+        """Return one frame's features as inputs for `count` objects, without copying them.
 
         Source: `SAM2VideoPredictor._get_image_feature`, `SAM2Base._prepare_backbone_features`.
         """
@@ -303,62 +353,32 @@ class ModelHandler:
         }
 
 
-def _normalised_shades() -> npt.NDArray[np.float32]:
-    """Return what SAM 2 makes of each shade 0...255 of each colour, `(1, 256, 3)`, to the bit.
+def _normalised_values() -> npt.NDArray[np.float32]:
+    """Return the model's input for each pixel value 0...255 of each channel, `(1, 256, 3)`.
 
-    Source: `sam2/utils/misc.py`, `_load_img_as_tensor` and `load_video_frames`.
+    Source: `sam2/utils/misc.py`, `_load_img_as_tensor` and `load_video_frames`, equal to the bit.
     """
-    shades = torch.from_numpy(np.arange(256) / 255.0).float()[:, None]
-    normalised = (shades - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)
+    values = torch.from_numpy(np.arange(256) / 255.0).float()[:, None]
+    normalised = (values - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)
     return np.asarray(normalised.numpy()[None])
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """Return what SAM 2 computes in: bfloat16 on CUDA, as its own examples; float32 on a CPU."""
+    """Return SAM 2's computing type: bfloat16 on CUDA, as in its own examples; float32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 @contextmanager
 def inference(device: torch.device) -> Iterator[None]:
-    """Compute without gradients, in the type for the device."""
+    """Compute without gradients, in the device's `compute_dtype`."""
     dtype = compute_dtype(device)
     reduced = dtype != torch.float32
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=reduced):
         yield
 
 
-def fill_holes(logits: torch.Tensor, max_area: int) -> torch.Tensor:
-    """Make small holes of a mask foreground.
-
-    Args:
-        logits: Mask scores `(B, 1, h, w)`; holes are 8-connected regions at or below zero.
-        max_area: Largest hole to fill, in pixels of `logits`; 0 fills none.
-
-    Source: `sam2/utils/misc.py`, `fill_holes_in_mask_scores`. SAM 2 needs its CUDA extension for
-        it and skips it elsewhere; OpenCV finds the same regions on every machine.
-    """
-    if max_area <= 0:
-        return logits
-    holes = np.zeros(logits.shape, dtype=np.bool_)
-    for hole, background in zip(holes, (logits <= 0).cpu().numpy(), strict=True):
-        hole[0] = small_regions(background[0], max_area)
-    if not holes.any():
-        return logits
-    return torch.where(torch.from_numpy(holes).to(logits.device), 0.1, logits)
-
-
-def small_regions(foreground: Mask, max_area: int) -> npt.NDArray[np.bool_]:
-    """Mark the 8-connected regions of a mask `(h, w)` that have at most `max_area` pixels."""
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(
-        foreground.view(np.uint8), connectivity=8
-    )
-    small = stats[:, cv2.CC_STAT_AREA] <= max_area
-    small[0] = False  # label 0 is what is not foreground
-    return np.asarray(small[labels])
-
-
 def _layout(state: TrackState) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return how far back the conditioning and past frames lie; equal ones can share a batch."""
+    """Return the distances to all remembered frames; objects with equal ones can share a batch."""
     now = state.newest.step + 1
     return (
         tuple(now - frame.step for frame in state.conditioning),
@@ -371,11 +391,13 @@ def _outputs(
 ) -> list[ObjectOutput]:
     scores = out["object_score_logits"].float().cpu()
     pointers = out["obj_ptr"].float().cpu()
-    # Each object its own: a view would keep the whole batch alive.
-    memories = [one.clone() for one in memory.to(torch.bfloat16)]
+    memory = memory.to(torch.bfloat16)
     return [
         ObjectOutput(
-            low_res_logits[index : index + 1], float(scores[index]), pointer, memories[index]
+            low_res_logits[index : index + 1],
+            float(scores[index]),
+            pointer,
+            memory[index].clone(),  # a view would keep the whole batch's memory allocated
         )
         for index, pointer in enumerate(pointers)
     ]

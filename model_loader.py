@@ -1,9 +1,12 @@
-"""Owns where SAM 2's config and weights come from; knows nothing of frames or tracks."""
+"""Load SAM 2 from a config and a checkpoint onto a device; compile it where the settings say so."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,13 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
+from sam2.modeling.position_encoding import PositionEmbeddingSine
+from sam2.modeling.sam.transformer import RoPEAttention
 from sam2.sam2_video_predictor import SAM2VideoPredictor
+from torch.overrides import TorchFunctionMode
 
 from errors import SettingsError
-from model_handler import ModelHandler
+from model_handler import ModelHandler, inference
 from rearranged import rearrange
 from settings import Settings
 from track_state import MEMORY_REACH, POINTER_REACH, SCHEMA_VERSION
@@ -38,14 +44,19 @@ PREDICTOR_OPTIONS = {
 CPU_BATCH_OBJECTS = 1  # batches gain nothing on a CPU, and cost bit equality
 CUDA_BATCH_OBJECTS = 32
 
+# Graphs per compiled part; torch.compile's 8 is less than the mask decoder has at 64 objects.
+MAX_GRAPHS = 32
+
 
 def load_model(settings: Settings) -> ModelHandler:
     """Load the model that the settings name, on the device they name.
 
     Raises:
-        SettingsError: Files are missing, do not fit each other or cannot be downloaded, or the
-            device is not there; the message says what to do.
+        SettingsError: Files are missing, do not fit each other or cannot be downloaded, the device
+            is missing or fails, or compiling is not possible; the message says what to do.
     """
+    if settings.compile:
+        require_compiler(pick_device(settings.device))
     model, fingerprint = load_predictor(settings)
     if settings.compile:
         compile_network(model)
@@ -59,6 +70,7 @@ def load_model(settings: Settings) -> ModelHandler:
         fingerprint=fingerprint,
         batch_objects=batch_objects,
         feature_cache_frames=settings.feature_cache_frames,
+        compiled=settings.compile,
     )
 
 
@@ -74,27 +86,58 @@ def load_predictor(settings: Settings) -> tuple[SAM2VideoPredictor, str]:
     config_path, checkpoint_path = find_files(settings)
     device = pick_device(settings.device)
     model, fingerprint = build_predictor(config_path, checkpoint_path, settings.image_size)
-    return model.to(device).eval(), fingerprint
+    try:
+        return model.to(device).eval(), fingerprint
+    except RuntimeError as err:  # CUDA's errors, out of memory among them
+        raise SettingsError(
+            f"SAM2_DEVICE={settings.device!r}: the model cannot be moved to {device}: "
+            f"{_one_line(err)}; check the GPU with nvidia-smi, or use another device"
+        ) from err
 
 
 def compile_network(model: SAM2VideoPredictor, **options: Any) -> None:  # noqa: ANN401  # torch's own
     """Let `torch.compile` fuse the network's parts, in place, when they first run.
 
+    Graphs are compiled for one object and for several; the mask decoder's for each size of a batch,
+    and for a box, a mask and no prompt.
+
     Args:
-        model: On its device.
+        model: On its device, in evaluation mode.
         options: For `torch.compile`, instead of its slowest search; CUDA graphs, which hand out
             memory that the next call overwrites, stay out.
 
-    Source: the parts are those of `sam2.sam2_video_predictor.SAM2VideoPredictorVOS`.
+    Source: `sam2.sam2_video_predictor.SAM2VideoPredictorVOS`, which tracks one object at a time and
+        so compiles the memory encoder with `dynamic=False`. The image encoder is compiled as
+        `compile_image_encoder` of `sam2.modeling.sam2_base.SAM2Base` does.
     """
-    options = options or {"mode": "max-autotune-no-cudagraphs"}
+    options = {"recompile_limit": MAX_GRAPHS} | (options or {"mode": "max-autotune-no-cudagraphs"})
+    _fill_position_tables(model)
     for part, dynamic in (
         (model.image_encoder, False),
         (model.memory_attention, True),  # memories and objects vary in number
-        (model.memory_encoder, True),
-        (model.sam_mask_decoder, True),
+        (model.memory_encoder, True),  # objects vary in number
+        (model.sam_mask_decoder, False),  # "accuracy regression on True", says the source
     ):
         part.forward = torch.compile(part.forward, dynamic=dynamic, **options)
+
+
+def require_compiler(device: torch.device) -> None:
+    """Check that `torch.compile` can work for a device.
+
+    Raises:
+        SettingsError: The device is no GPU, or there is no C compiler.
+
+    Source: `triton/runtime/build.py` (`_build`).
+    """
+    if device.type != "cuda":
+        # No gain on a CPU, where PyTorch 2.13 also fails at memory attention of several objects.
+        raise SettingsError(f"SAM2_COMPILE=on needs a GPU, and the device is {device}: unset it")
+    commands = (os.environ["CC"],) if "CC" in os.environ else ("gcc", "clang")
+    if not any(map(shutil.which, commands)):
+        raise SettingsError(
+            f"SAM2_COMPILE=on needs a C compiler, and {' or '.join(commands)} is not found: "
+            "install one, name another in CC, or unset SAM2_COMPILE"
+        )
 
 
 def find_files(settings: Settings) -> tuple[Path, Path]:
@@ -151,43 +194,46 @@ def build_predictor(
         options = OmegaConf.merge(config.model, PREDICTOR_OPTIONS)
         if image_size is not None:
             options.image_size = image_size
-        model = instantiate(options, _recursive_=True)
+        with _BuildOnCpu():
+            model = instantiate(options, _recursive_=True)
     except Exception as err:  # anything a wrong YAML makes hydra or the model raise
         raise SettingsError(f"{config_path} is not a SAM 2 config: {err}") from err
-    remembers = (
+    for module in model.modules():
+        if isinstance(module, PositionEmbeddingSine):
+            module.cache.clear()  # of the CPU's: they are made again on the features' device
+    memory_settings = (
         model.num_maskmem,
         model.max_obj_ptrs_in_encoder,
         model.memory_temporal_stride_for_eval,
     )
-    if remembers != (MEMORY_REACH + 1, POINTER_REACH + 1, 1):
+    if memory_settings != (MEMORY_REACH + 1, POINTER_REACH + 1, 1):
         raise SettingsError(
-            f"{config_path} remembers other frames than all SAM 2 models do: num_maskmem must be "
+            f"{config_path} attends to other frames than all SAM 2 models do: num_maskmem must be "
             f"{MEMORY_REACH + 1}, max_obj_ptrs_in_encoder {POINTER_REACH + 1} and "
             "memory_temporal_stride_for_eval 1"
         )
     try:
         checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
     except Exception:  # noqa: BLE001  # a damaged archive raises almost anything
-        # Not in PyTorch's words, which advise to run the code that a checkpoint may hold.
+        # Without PyTorch's message, which advises to run the code that a checkpoint may hold.
         raise SettingsError(
-            f"{checkpoint_path} does not hold weights for {config_path}: it is damaged, or no file "
-            "of plain tensors"
+            f"{checkpoint_path} does not hold weights for {config_path}: it is damaged, or not a "
+            "file of plain tensors"
         ) from None
     try:
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, RuntimeError, AttributeError) as err:
-        reason = " ".join(str(err).split())[:300]
         raise SettingsError(
-            f"{checkpoint_path} does not hold weights for {config_path}: {reason}"
+            f"{checkpoint_path} does not hold weights for {config_path}: {_one_line(err)}"
         ) from err
     return model, _fingerprint(OmegaConf.to_container(options, resolve=True), checkpoint_path)
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device: CUDA where there is one for `auto`, else the one named.
+    """Return the device of a setting; `auto` is CUDA where it is available, else the CPU.
 
     Raises:
-        SettingsError: CUDA is asked for and not there.
+        SettingsError: The setting names a CUDA device that does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -200,10 +246,52 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+class _BuildOnCpu(TorchFunctionMode):
+    """Keep on the CPU what SAM 2's constructors put on the first GPU.
+
+    They do so wherever CUDA is available, whatever device the model is for.
+
+    Source: `sam2.modeling.sam.transformer.RoPEAttention`,
+        `sam2.modeling.position_encoding.PositionEmbeddingSine`.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],  # torch's interface
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401  # what the function returns
+        """Call a function of torch's, with the CPU for CUDA."""
+
+        def to_cpu(value: Any) -> Any:  # noqa: ANN401  # any argument
+            is_cuda = isinstance(value, str | torch.device) and str(value) == "cuda"
+            return "cpu" if is_cuda else value
+
+        return func(
+            *map(to_cpu, args), **{name: to_cpu(value) for name, value in (kwargs or {}).items()}
+        )
+
+
+def _fill_position_tables(model: SAM2VideoPredictor) -> None:
+    """Make the tables that SAM 2 makes at first use: changed later, they void compiled graphs."""
+    size = model.image_size
+    with inference(model.device):
+        model.forward_image(torch.zeros(1, 3, size, size, device=model.device))
+    side = model.sam_image_embedding_size
+    for module in model.memory_attention.modules():
+        if isinstance(module, RoPEAttention):
+            module.freqs_cis = module.compute_cis(end_x=side, end_y=side).to(model.device)
+
+
 def _config_path(name: str) -> Path:
-    """Return a config's path: a file as it stands, or the name of one inside the sam2 package."""
+    """Return a config's path: a file of this name, or a file inside the sam2 package."""
     path = Path(name)
     return path if path.is_file() else Path(sam2.__path__[0]) / name
+
+
+def _one_line(err: Exception) -> str:
+    return " ".join(str(err).split())[:300]
 
 
 def _fingerprint(options: object, checkpoint_path: Path) -> str:

@@ -1,14 +1,14 @@
-"""Owns SAM 2's costly parts in fewer operations, for a CPU: equal mathematics, other rounding.
+"""Faster CPU versions of SAM 2's slowest modules. Same formulas, different rounding.
 
-Knows nothing of frames, objects or tracks. Float32 in, float32 out; what is won, and how far masks
-move, is in benchmarks/RESULTS.md. A step at 1024 px is mostly one product: 4096 queries with 28 672
-keys of 256 channels, and then with as many values. Here
-- values stay the memory's own 64 channels, and are projected after the attention, which is linear;
-- of a key's 256 channels 128 are rotated by its column, 128 by its row: for the keys of one row the
-  latter rotation and projection are moved to the queries, which leaves 128 + 64 channels;
-- the first self-attention sees the frame only: its objects share it;
-- what never changes is computed once.
-The trunk's fine levels are as many operations as before, but strip by strip, for the cache.
+Float32 in, float32 out; benchmarks/RESULTS.md has the gain and the differences in masks. At 1024 px
+a step is mostly one attention: 4096 queries to 28 672 keys of 256 channels and as many values. Here
+- values keep the memory's own 64 channels and are projected after the attention, which is linear;
+- rotary position encoding rotates 128 of a key's 256 channels by its column and 128 by its row: for
+  the keys of one row the latter rotation and projection are applied to the queries instead, which
+  leaves 128 + 64 channels;
+- the first self-attention depends on the frame only, so it is computed once for all its objects;
+- constants are computed once.
+The image trunk's fine levels take as many operations as before, but in strips that fit the cache.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor, nn
 from torch.nn import functional
 
-# What the trunk's blocks make of so many tokens on the way stays in a core's cache.
+# A trunk block's intermediate results for so many tokens fit into a core's cache.
 _STRIP_TOKENS = 2048
 
 
 def rearrange(model: SAM2Base) -> None:
-    """Rearrange a loaded model in place; what is not built as in SAM 2's own configs stays.
+    """Replace a loaded model's modules in place, where they are built as in SAM 2's own configs.
 
     Args:
         model: On a CPU, in evaluation mode, with its weights.
     """
     with torch.inference_mode():
-        if model.use_obj_ptrs_in_encoder and _is_as_in_sam2(model.memory_attention):
+        if model.use_obj_ptrs_in_encoder and _is_standard(model.memory_attention):
             side = model.sam_image_embedding_size
             model.memory_attention = RearrangedMemoryAttention(model.memory_attention, side)
         neck = model.image_encoder.neck
-        neck.position_encoding = _ConstantEncoding(neck.position_encoding)
+        neck.position_encoding = _CachedPositionEncoding(neck.position_encoding)
         trunk, prompts = model.image_encoder.trunk, model.sam_prompt_encoder
         trunk.blocks = nn.ModuleList(
-            _InStrips(block) if block.window_size > 0 else block for block in trunk.blocks
+            _StripwiseBlock(block) if block.window_size > 0 else block for block in trunk.blocks
         )
-        trunk._get_pos_embed = functools.cache(trunk._get_pos_embed)  # noqa: SLF001  # has no other name
+        trunk._get_pos_embed = functools.cache(trunk._get_pos_embed)  # noqa: SLF001  # SAM 2 has no public name for it
         prompts.get_dense_pe = functools.cache(prompts.get_dense_pe)
         _fold_high_res_convs(model)
 
 
 class RearrangedMemoryAttention(nn.Module):
-    """SAM 2's memory attention for objects that are all on one frame.
+    """SAM 2's memory attention for objects on one frame.
 
     Args:
-        attention: The one to replace; its modules are used, not copied.
-        side: Of the frame's feature map.
+        attention: Module to replace; its submodules are used, not copied.
+        side: Side of the frame's feature map.
     """
 
     def __init__(self, attention: MemoryAttention, side: int) -> None:
@@ -66,7 +66,7 @@ class RearrangedMemoryAttention(nn.Module):
             _CrossAttention(layer.cross_attn_image, side) for layer in attention.layers
         )
         self._side = side
-        self._beginning: _Beginning | None = None
+        self._first: _FirstSelfAttention | None = None
 
     def forward(
         self,
@@ -76,39 +76,41 @@ class RearrangedMemoryAttention(nn.Module):
         memory_pos: Tensor,
         num_obj_ptr_tokens: int,
     ) -> Tensor:
-        """Let a frame's features attend to the memories of B objects.
+        """Attend from a frame's features to the memories of B objects.
 
         Args:
             curr: The frame's features, one tensor `(side * side, B, C)`, equal for all objects.
             memory: `(M, B, c)`, frame memories first, object pointers last.
             curr_pos: Position encoding of `curr`, one tensor of its shape.
             memory_pos: Position encoding of `memory`, of its shape.
-            num_obj_ptr_tokens: How many of the M are object pointers.
+            num_obj_ptr_tokens: How many of the M tokens are object pointers.
 
         Returns:
             `(side * side, B, C)`.
         """
-        beginning = self._begin(curr[0], curr_pos[0])
+        first = self._first_self_attention(curr[0], curr_pos[0])
         keys = memory + memory_pos
         return torch.stack(
             [
-                self._follow(beginning, keys[:, one], memory[:, one], num_obj_ptr_tokens)
-                for one in range(memory.shape[1])
+                self._attend_to_memory(first, keys[:, obj], memory[:, obj], num_obj_ptr_tokens)
+                for obj in range(memory.shape[1])
             ],
             dim=1,
         )
 
-    def _begin(self, curr: Tensor, curr_pos: Tensor) -> _Beginning:
-        """Return what the first layer makes of a frame, as it was for the frame's last object."""
-        known = self._beginning
-        if known is not None and known.curr.data_ptr() == curr.data_ptr():
-            return known
-        output = self._attend_to_itself(0, curr[:, 0] + 0.1 * curr_pos[:, 0])
-        self._beginning = _Beginning(curr, output, self._queries(0, output))
-        return self._beginning
+    def _first_self_attention(self, curr: Tensor, curr_pos: Tensor) -> _FirstSelfAttention:
+        """Return the first layer's self-attention, cached if the frame is the previous one."""
+        cached = self._first
+        if cached is not None and cached.curr.data_ptr() == curr.data_ptr():
+            return cached
+        output = self._self_attention(0, curr[:, 0] + 0.1 * curr_pos[:, 0])
+        self._first = _FirstSelfAttention(curr, output, self._queries(0, output))
+        return self._first
 
-    def _follow(self, beginning: _Beginning, keys: Tensor, values: Tensor, pointers: int) -> Tensor:
-        """Do for one object what comes after the beginning; keys and values are `(M, c)`."""
+    def _attend_to_memory(
+        self, first: _FirstSelfAttention, keys: Tensor, values: Tensor, pointers: int
+    ) -> Tensor:
+        """Compute all after the first self-attention for one object; keys and values `(M, c)`."""
         count = len(keys) - pointers
         rows_of_keys, rows_of_values = (
             tokens[:count]
@@ -117,10 +119,10 @@ class RearrangedMemoryAttention(nn.Module):
             .flatten(1, 2)
             for tokens in (keys, values)
         )
-        output, queries = beginning.output, beginning.queries
+        output, queries = first.output, first.queries
         for index, (layer, cross) in enumerate(zip(self.layers, self._cross, strict=True)):
             if index > 0:
-                output = self._attend_to_itself(index, output)
+                output = self._self_attention(index, output)
                 queries = self._queries(index, output)
             output = output + cross(
                 queries, rows_of_keys, rows_of_values, keys[count:], values[count:]
@@ -130,7 +132,7 @@ class RearrangedMemoryAttention(nn.Module):
         normed: Tensor = self.norm(output)
         return normed
 
-    def _attend_to_itself(self, index: int, output: Tensor) -> Tensor:
+    def _self_attention(self, index: int, output: Tensor) -> Tensor:
         layer = self.layers[index]
         normed = layer.norm1(output)[None]
         attended: Tensor = layer.self_attn(q=normed, k=normed, v=normed)[0]
@@ -142,10 +144,10 @@ class RearrangedMemoryAttention(nn.Module):
         return cross.queries(layer.norm2(output))
 
 
-class _Beginning(NamedTuple):
-    """What the first layer makes of a frame before any memory: `(side * side, C)`."""
+class _FirstSelfAttention(NamedTuple):
+    """The first layer's self-attention and the queries after it, both `(side * side, C)`."""
 
-    curr: Tensor  # kept alive, so that no other frame can lie where it lies
+    curr: Tensor  # the frame's features; referenced so that no other tensor gets their address
     output: Tensor
     queries: Tensor
 
@@ -154,15 +156,15 @@ class _CrossAttention(nn.Module):
     """One layer's attention to memories, with rotary position encoding.
 
     Args:
-        cross: The one to replace.
-        side: Of all feature maps.
+        cross: Module to replace.
+        side: Side of all feature maps.
     """
 
     def __init__(self, cross: RoPEAttention, side: int) -> None:
         super().__init__()
         channels = cross.internal_dim
         half = channels // 2
-        # in powers of two, which a CPU raises faster
+        # for powers of two instead of e, which are faster on a CPU
         scale = math.log2(math.e) / math.sqrt(channels)
         self._q_weight, self._q_bias = cross.q_proj.weight * scale, cross.q_proj.bias * scale
         self._k_proj = cross.k_proj
@@ -200,17 +202,17 @@ class _CrossAttention(nn.Module):
         shifts = row_queries @ self._row_biases
         mixed = queries.new_empty(len(queries), keys.shape[2])
         mixed[:, :half] = queries[:, :half]
-        found = _RunningSoftmax(len(queries), rows_of_values.shape[2])
+        softmax = _OnlineSoftmax(len(queries), rows_of_values.shape[2])
         for row, weight in enumerate(self._row_weights):
             torch.mm(row_queries, weight, out=mixed[:, half:])
-            found.add(mixed, keys[row], rows_of_values[row], shifts[:, row : row + 1])
-        found.add(queries, self._k_proj(pointer_keys), pointer_values, torch.zeros(1, 1))
-        attended: Tensor = self._output(found.mean())
+            softmax.add(mixed, keys[row], rows_of_values[row], shifts[:, row : row + 1])
+        softmax.add(queries, self._k_proj(pointer_keys), pointer_values, torch.zeros(1, 1))
+        attended: Tensor = self._output(softmax.mean())
         return attended
 
 
-class _RunningSoftmax:
-    """Means of values `(n, c)` for N queries, weighted by 2 ^ score, which come part by part.
+class _OnlineSoftmax:
+    """Mean of values for N queries, weighted by 2 ^ score, over keys that are added in parts.
 
     Source: FlashAttention (arXiv:2205.14135).
     """
@@ -238,7 +240,7 @@ class _RunningSoftmax:
         return self._sum / self._weight
 
 
-def _is_as_in_sam2(attention: MemoryAttention) -> bool:
+def _is_standard(attention: MemoryAttention) -> bool:
     return attention.pos_enc_at_input and all(
         isinstance(layer.cross_attn_image, RoPEAttention)
         and layer.cross_attn_image.num_heads == 1
@@ -251,13 +253,13 @@ def _is_as_in_sam2(attention: MemoryAttention) -> bool:
 
 
 def _rotate(tokens: Tensor, rotations: Tensor) -> Tensor:
-    """Turn neighbouring channels `(..., 2 * k)` by complex numbers `(..., k)` of length one."""
+    """Rotate pairs of channels `(..., 2 * k)` by complex numbers `(..., k)` of length one."""
     pairs = torch.view_as_complex(tokens.reshape(*tokens.shape[:-1], -1, 2).contiguous())
     return torch.view_as_real(pairs * rotations).flatten(-2)
 
 
-class _ConstantEncoding(nn.Module):
-    """A position encoding that depends on nothing but the size of what it is for."""
+class _CachedPositionEncoding(nn.Module):
+    """A position encoding that depends on the size of the features only, computed once per size."""
 
     def __init__(self, encoding: nn.Module) -> None:
         super().__init__()
@@ -268,11 +270,11 @@ class _ConstantEncoding(nn.Module):
         return encoded.expand(len(features), -1, -1, -1)
 
 
-class _InStrips(nn.Module):
-    """A block of the trunk whose tokens see no further than their window, strip by strip.
+class _StripwiseBlock(nn.Module):
+    """A trunk block with windowed attention, computed in strips of whole windows.
 
     Args:
-        block: The block, with windows.
+        block: Module to replace.
     """
 
     def __init__(self, block: MultiScaleBlock) -> None:
@@ -280,7 +282,7 @@ class _InStrips(nn.Module):
         self._block = block
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Compute tokens `(B, H, W, C)`; few are computed at once."""
+        """Compute tokens `(B, H, W, C)`; few tokens are computed in one strip."""
         height, width = tokens.shape[1:3]
         if height * width <= 2 * _STRIP_TOKENS:
             whole: Tensor = self._block(tokens)
@@ -291,7 +293,10 @@ class _InStrips(nn.Module):
 
 
 def _fold_high_res_convs(model: SAM2Base) -> None:
-    """Let the neck put out what the mask decoder takes of the two finest levels: fewer channels."""
+    """Apply the mask decoder's 1 x 1 convolutions of the two finest levels in the neck.
+
+    A linear convolution after another is one with fewer channels.
+    """
     neck, decoder = model.image_encoder.neck, model.sam_mask_decoder
     laterals = [neck.convs[-1], neck.convs[-2]]  # the coarsest comes first
     if (
@@ -306,7 +311,7 @@ def _fold_high_res_convs(model: SAM2Base) -> None:
 
 
 def _compose(outer: nn.Linear | nn.Conv2d, inner: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
-    """Return one linear layer, or convolution of 1 x 1 pixels, that does what two did."""
+    """Return one linear layer, or 1 x 1 convolution, that equals two in succession."""
     assert outer.bias is not None
     assert inner.bias is not None
     both = outer.weight.flatten(1).double() @ inner.weight.flatten(1).double()

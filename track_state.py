@@ -1,8 +1,8 @@
-"""Owns what a track remembers after one frame, and its bytes; knows neither Redis nor SAM 2.
+"""The state of a track after one frame, and its encoding as bytes.
 
-Three things are written per track and frame: the step (this module's `TrackState`, some 17 KB) and
-one frame memory (SAM 2's memory features, 0.5 MB at 1024 px). A frame memory has the id of the step
-that made it. Both are safetensors; whoever wrote the bytes is not trusted.
+Per track and frame two values are stored: the state (`TrackState`, some 17 KB) and one frame memory
+(SAM 2's memory features, 0.5 MB at 1024 px), under the id of the step that made it. Both are
+safetensors. Decoding checks everything: another process wrote the bytes.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ SCHEMA_VERSION = 1
 MEMORY_REACH = 6
 POINTER_REACH = 15
 
-MAX_STEPS = 1 << 31  # beyond every video
+MAX_STEPS = 1 << 31  # more than any video has frames
 MAX_CONDITIONING = 64  # each is a frame memory to read and attend to at every step
 
 
 @dataclass(frozen=True, eq=False)
 class PastFrame:
-    """What one earlier frame left behind.
+    """One earlier frame of a track, without its memory features.
 
     Attributes:
         id: Id of its step and of its frame memory.
-        step: Its place on the track's own clock; only differences matter.
+        step: Its number, counted from the track's first frame; only differences matter.
         obj_ptr: Object pointer `(C,)`, float32, on the CPU.
     """
 
@@ -46,14 +46,14 @@ class PastFrame:
 
 @dataclass(frozen=True, eq=False)
 class TrackState:
-    """Everything needed to follow one object one frame further, but the memory features.
+    """Everything needed to track one object one frame further, without the memory features.
 
     Attributes:
-        fingerprint: Names model, weights and input size (see `model_handler.fingerprint`).
+        fingerprint: Identifies model, weights and input size (see `ModelHandler`).
         size_hw: Height and width of the track's frames.
-        shape_type: Type of the shape the annotator drew, and of every answer.
-        last_box: Box XYXY where the object was last seen; kept for rectangles only.
-        conditioning: The frames that had a prompt; attended to for ever.
+        shape_type: Type of the annotator's shape, and of every answer.
+        last_box: Box XYXY of the object's last mask, far edge excluded; None but for rectangles.
+        conditioning: Conditioning frames, which are attended to for ever.
         past: At most the last 15 other frames, oldest first.
     """
 
@@ -66,7 +66,7 @@ class TrackState:
 
     @property
     def newest(self) -> PastFrame:
-        """The frame this state stands on."""
+        """The last frame that was tracked."""
         return self.past[-1] if self.past else self.conditioning[-1]
 
     @property
@@ -76,12 +76,12 @@ class TrackState:
         return tuple(frame.id for frame in frames)
 
     def advance(self, frame_id: str, obj_ptr: torch.Tensor, last_box: Box | None) -> TrackState:
-        """Return the state after one more frame; this one stays as it is.
+        """Return the state after one more frame; this state does not change.
 
         Args:
             frame_id: Id of the new step and its frame memory.
             obj_ptr: The new object pointer `(C,)`, float32, on the CPU.
-            last_box: See the attribute.
+            last_box: New value of the attribute.
         """
         frame = PastFrame(frame_id, self.newest.step + 1, obj_ptr)
         return replace(self, last_box=last_box, past=(*self.past, frame)[-POINTER_REACH:])
@@ -108,9 +108,9 @@ def decode_state(data: bytes, *, step_id: str, fingerprint: str, obj_ptr_size: i
     """Decode and check a state.
 
     Args:
-        data: What the store held.
-        step_id: The step that was asked for.
-        fingerprint: This replica's model.
+        data: Bytes from the store.
+        step_id: Id of the expected step.
+        fingerprint: Of this replica's model.
         obj_ptr_size: C, the length of this model's object pointers.
 
     Raises:
@@ -204,20 +204,21 @@ def _load(
         # safetensors checks the header but does not hand out its metadata when reading bytes.
         header_bytes = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
-        found = [metadata[name] for name in ("schema", "kind", "id", "fingerprint")]
+        values = [metadata[name] for name in ("schema", "kind", "id", "fingerprint")]
     except (SafetensorError, KeyError, ValueError, TypeError) as err:
         raise _damaged(id_) from err
-    schema, found_kind, found_id, found_fingerprint = found
+    schema, actual_kind, actual_id, actual_fingerprint = values
     if schema != str(SCHEMA_VERSION):
         raise StateMismatchError(
-            f"state has schema {schema!r:.40}, this function reads {SCHEMA_VERSION}: start again"
+            f"state has schema {schema!r:.40}, this function reads {SCHEMA_VERSION}: start the "
+            "track again"
         )
-    if found_fingerprint != fingerprint:
+    if actual_fingerprint != fingerprint:
         raise StateMismatchError(
-            f"state belongs to model {found_fingerprint:.40}, this function runs {fingerprint}: "
+            f"state belongs to model {actual_fingerprint:.40}, this function runs {fingerprint}: "
             "start the track again"
         )
-    if (found_kind, found_id) != (kind, id_):
+    if (actual_kind, actual_id) != (kind, id_):
         raise _damaged(id_)
     return tensors, metadata
 

@@ -1,26 +1,26 @@
-"""Owns one tracking request from states to states: load, compute, save; no JSON, no HTTP.
+"""Track objects on one frame: load their states, compute, save the new states.
 
-Every door (Nuclio, plain HTTP, video files, agents) calls `Tracker.run` and adds no tracking of its
-own. Nothing is written before all objects are computed, and only new keys are: whatever fails,
-the tokens that the caller holds still work.
+Every entry point (Nuclio, plain HTTP, video files, agents) calls `Tracker.run`. Nothing is written
+before all objects are computed, and only under new keys: whatever fails, the tokens that the caller
+has still work.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
-import cachetools
 import torch
 from PIL import Image
 
-from errors import StateGoneError, StateMismatchError, TooLargeError, TrackerError
+from errors import SettingsError, TooLargeError
 from model_handler import FrameFeatures, ModelHandler, ObjectOutput
 from model_loader import load_model
 from object_requests import Continue, Start
+from report import Report
 from settings import Settings
 from shapes import (
     Box,
@@ -33,31 +33,34 @@ from shapes import (
     rectangle_to_box,
     shape_to_mask,
 )
-from state_store import RETRY_STEPS, MemoryStateStore, StateStore, StepWrite
+from state_store import StateStore
 from state_token import StateToken, new_id
-from track_state import (
-    MEMORY_REACH,
-    PastFrame,
-    TrackState,
-    decode_memory,
-    decode_state,
-    encode_memory,
-    encode_state,
+from track_state import PastFrame, TrackState
+from track_storage import LoadedTracks, TrackStep, TrackStorage, error_prefix
+from warm_up import warm_up
+
+__all__ = ["Frame", "Report", "TrackedObject", "Tracker", "build_tracker"]
+
+T = TypeVar("T")
+
+MORE_MEMORY = (
+    "set a smaller SAM2_IMAGE_SIZE, SAM2_FEATURE_CACHE_FRAMES or SAM2_MEMORY_CACHE_MB, or use a "
+    "GPU with more memory"
 )
 
 
 @dataclass(frozen=True, eq=False)
 class TrackedObject:
-    """Where one object is on the frame of a request.
+    """One object on the frame of a request.
 
     Attributes:
-        token: The state to continue from.
-        shape: In the type the object was started with. None where it is not in the frame, but for
-            rectangles, which keep their last box (CVAT's own UI cannot take null for them).
+        token: State token to continue from.
+        shape: Of the type that the object was started with. None if it is not in the frame; but a
+            rectangle keeps its last box, because CVAT's own UI cannot take null for it.
         lost: Whether the object is not in the frame.
-        mask: SAM 2's mask behind the shape, `(H, W)`. None unless asked for, where the annotator
-            drew it, and where another process computed it.
-        score: SAM 2's object score, a logit. None where another process computed it.
+        mask: SAM 2's mask that the shape was made from, `(H, W)`. None unless asked for, if the
+            annotator drew it, and if another process computed it.
+        score: SAM 2's object score, a logit. None if another process computed it.
     """
 
     token: StateToken
@@ -67,37 +70,14 @@ class TrackedObject:
     score: float | None = None
 
 
-@dataclass
-class Report:
-    """What a request did, for its log line. Times are in milliseconds."""
-
-    started: int = 0
-    continued: int = 0
-    lost: int = 0
-    bytes_written: int = 0
-    bytes_read: int = 0
-    times_ms: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the time of a block to `times_ms[name]`, without the blocks timed inside it."""
-        begin, before_ms = time.perf_counter(), sum(self.times_ms.values())
-        try:
-            yield
-        finally:
-            inside_ms = sum(self.times_ms.values()) - before_ms
-            spent_ms = (time.perf_counter() - begin) * 1000 - inside_ms
-            self.times_ms[name] = round(self.times_ms.get(name, 0) + spent_ms, 1)
-
-
 @dataclass(frozen=True, eq=False)
 class Frame:
     """A frame to track on.
 
     Attributes:
-        key: Names its content; features of a known key are not computed again.
+        key: Identifies its content; features of a cached key are not computed again.
         size_hw: Its height and width.
-        image: Gives the RGB frame.
+        image: Returns the RGB image; called only if it has to be encoded.
     """
 
     key: str
@@ -105,21 +85,20 @@ class Frame:
     image: Callable[[], Image.Image]
 
     @classmethod
-    def at_hand(cls, image: Image.Image) -> Frame:
-        """Return an RGB picture as a frame; its pixels name it."""
+    def from_image(cls, image: Image.Image) -> Frame:
+        """Return an RGB image as a frame; its key is a hash of its pixels."""
         size_hw = (image.height, image.width)
         pixels = hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
         return cls(f"{size_hw} {pixels}", size_hw, lambda: image)
 
 
 class Tracker:
-    """The core: a model, a store and the frame memories this replica used last.
+    """A model and a store of tracks.
 
     Args:
         model: Computes.
-        store: Remembers, for all replicas.
-        memory_cache_bytes: Frame memories to keep on the model's device. They never change, so
-            they are never stale; a replica that has them reads only the small steps.
+        store: Holds the tracks, for all replicas.
+        memory_cache_bytes: See `TrackStorage`.
         polygon_tolerance: See `shapes.mask_to_polygon`.
         request_limit_s: Longest time to compute one request, in seconds.
     """
@@ -134,15 +113,14 @@ class Tracker:
         request_limit_s: float,
     ) -> None:
         self._model = model
-        self._store = store
+        self._storage = TrackStorage(
+            model=model, store=store, memory_cache_bytes=memory_cache_bytes
+        )
         self._polygon_tolerance = polygon_tolerance
         self._request_limit_s = request_limit_s
-        self._memories: cachetools.LRUCache[str, torch.Tensor] = cachetools.LRUCache(
-            memory_cache_bytes, getsizeof=lambda memory: memory.nbytes
-        )
 
     def describe(self) -> dict[str, str]:
-        """Return what the model is and runs on, for the log."""
+        """Return model, device, type and input size, for the log."""
         return {
             "model": self._model.fingerprint,
             "device": str(self._model.device),
@@ -164,276 +142,262 @@ class Tracker:
             frame: The frame.
             items: One per object; all are checked before any is computed.
             report: Filled with counts and times.
-            keep_masks: Hand out the masks as well; hundreds on a large frame fill gigabytes.
+            keep_masks: Whether to return the masks; hundreds on a large frame fill gigabytes.
 
         Returns:
-            One answer per item, in order.
+            One object per item, in order.
 
         Raises:
             BadRequestError: A shape cannot be drawn on this frame.
             StateGoneError: A state expired or is damaged.
             StateMismatchError: A state is of another model or frame size.
-            StateStoreUnavailableError: The store is away; nothing was lost.
-            TooLargeError: There are more objects than can be computed in the time allowed.
+            StateStoreUnavailableError: The store cannot be reached; nothing was lost.
+            TooLargeError: There are more objects than can be computed in the time allowed or in
+                the device's memory.
         """
-        end = time.monotonic() + self._request_limit_s
+        request = _Request(frame, items, report or Report(), keep_masks, self._request_limit_s)
 
-        def check_time() -> None:
-            if time.monotonic() > end:
-                raise TooLargeError(
-                    f"{len(items)} objects take longer than {self._request_limit_s:.0f} s: track "
-                    "fewer at a time; nothing is lost"
-                )
+        def load_and_compute() -> tuple[LoadedTracks, list[_ComputedObject]]:
+            loaded, objects = self._load(request)
+            return loaded, self._compute(request, loaded, objects)
 
-        report = report or Report()
+        loaded, computed = self._repeat_if_out_of_memory(load_and_compute, request)
+        return self._save(request, loaded, computed)
+
+    def _load(self, request: _Request) -> tuple[LoadedTracks, list[_RequestedObject]]:
+        """Return the tracks' memories, and one record per item with its prompt or its state."""
+        items, report, size_hw = request.items, request.report, request.frame.size_hw
+        with report.timed("shapes"):
+            prompts = {}
+            for index, item in enumerate(items):
+                if isinstance(item, Start):
+                    request.check_time()
+                    with error_prefix(f"shapes[{index}]"):
+                        prompts[index] = self._prompt(item.shape, size_hw)
+        with report.timed("store"):
+            tokens = {
+                index: item.token for index, item in enumerate(items) if isinstance(item, Continue)
+            }
+            loaded = self._storage.load(tokens, size_hw)
+        report.started, report.continued = len(prompts), len(tokens)
+        report.bytes_read += loaded.bytes_read
+        return loaded, [
+            _StartedObject(item.shape, prompts[index])
+            if isinstance(item, Start)
+            else _ContinuedObject(item.token, loaded.states[index])
+            for index, item in enumerate(items)
+        ]
+
+    def _compute(
+        self, request: _Request, loaded: LoadedTracks, objects: Sequence[_RequestedObject]
+    ) -> list[_ComputedObject]:
+        """Run the model, and turn its outputs into shapes and new states."""
+        frame, report = request.frame, request.report
 
         def pixels() -> torch.Tensor:
             image = frame.image()
             with report.timed("resize"):
                 return self._model.pixels(image)
 
-        starts = {i: item.shape for i, item in enumerate(items) if isinstance(item, Start)}
-        tokens = {i: item.token for i, item in enumerate(items) if isinstance(item, Continue)}
-        report.started, report.continued = len(starts), len(tokens)
-
-        with report.timed("shapes"):
-            prompts = {}
-            for i, shape in starts.items():
-                check_time()
-                prompts[i] = self._prompt(i, shape, frame.size_hw)
-        with report.timed("store"):
-            states = self._load_states(tokens, frame.size_hw, report)
-            memories = self._load_memories(tokens, states, report)
-        with report.timed("encode"):
+        with report.timed("encode", self._model.device):
             features = self._model.encode_frame(frame.key, frame.size_hw, pixels)
-        with report.timed("model"):
-            outputs = {}
-            for i, prompt in prompts.items():
-                check_time()
-                outputs[i] = self._start(features, prompt)
-            stepped = self._model.step(features, list(states.values()), memories, check_time)
-            outputs |= dict(zip(states, stepped, strict=True))
-        with report.timed("shapes"):
-            found = []
-            for i, output in sorted(outputs.items()):
-                check_time()
-                if i in states:
-                    mask = self._model.full_size_mask(features, output)
-                    one = self._follow(output, mask, states[i], tokens[i])
+        with report.timed("model", self._model.device):
+            states = [obj.state for obj in objects if isinstance(obj, _ContinuedObject)]
+            stepped = iter(
+                self._model.step(
+                    features,
+                    states,
+                    loaded.memories,
+                    request.check_time,
+                    lambda: self._free_memory(report),
+                )
+            )
+            outputs = []
+            for obj in objects:
+                if isinstance(obj, _StartedObject):
+                    request.check_time()
+                    outputs.append(self._start(features, obj.prompt))
                 else:
-                    one = self._begin(output, starts[i], prompts[i], frame.size_hw)
-                    if keep_masks and starts[i].type is ShapeType.RECTANGLE:
-                        one = replace(one, mask=self._model.full_size_mask(features, output))
-                found.append(one if keep_masks else replace(one, mask=None))
-        report.lost = sum(one.lost for one in found)
+                    outputs.append(next(stepped))
+        with report.timed("shapes"):
+            computed = []
+            for obj, output in zip(objects, outputs, strict=True):
+                request.check_time()
+                if isinstance(obj, _StartedObject):
+                    computed.append(self._started(request, obj, features, output))
+                else:
+                    computed.append(self._continued(request, obj, features, output))
+        return computed
+
+    def _save(
+        self, request: _Request, loaded: LoadedTracks, computed: Sequence[_ComputedObject]
+    ) -> list[TrackedObject]:
+        """Write all steps to the store."""
+        report = request.report
+        report.lost = sum(obj.lost for obj in computed)
         with report.timed("store"):
-            saved = self._save(found, memories, report)
+            tokens, report.bytes_written = self._storage.save(
+                [obj.step for obj in computed], loaded.memories
+            )
         return [
-            TrackedObject(token, one.shape, one.lost, one.mask, one.score)
-            for token, one in zip(saved, found, strict=True)
+            TrackedObject(token, obj.shape, obj.lost, obj.mask, obj.score)
+            for token, obj in zip(tokens, computed, strict=True)
         ]
 
-    def _prompt(self, i: int, shape: Shape, size_hw: SizeHW) -> torch.Tensor | Box:
+    def _prompt(self, shape: Shape, size_hw: SizeHW) -> torch.Tensor | Box:
         """Return a box, or a mask at the model's size: at the frame's, hundreds would not fit."""
-        with _place(f"shapes[{i}]"):
-            if shape.type is ShapeType.RECTANGLE:
-                return rectangle_to_box(shape, size_hw)
-            return self._model.mask_prompt(shape_to_mask(shape, size_hw))
-
-    def _load_states(
-        self, tokens: Mapping[int, StateToken], size_hw: SizeHW, report: Report
-    ) -> dict[int, TrackState]:
-        values = self._store.load_states(list(tokens.values()))
-        states = {}
-        for (i, token), value in zip(tokens.items(), values, strict=True):
-            if value is None:
-                raise StateGoneError(f"states[{i}] expired or is unknown: start the track again")
-            report.bytes_read += len(value)
-            with _place(f"states[{i}]"):
-                state = decode_state(
-                    value,
-                    step_id=token.step,
-                    fingerprint=self._model.fingerprint,
-                    obj_ptr_size=self._model.obj_ptr_size,
-                )
-            if state.size_hw != size_hw:
-                raise StateMismatchError(
-                    f"states[{i}] is of frames of {state.size_hw[1]} x {state.size_hw[0]} pixels, "
-                    f"this one has {size_hw[1]} x {size_hw[0]}: start the track again"
-                )
-            states[i] = state
-        return states
-
-    def _load_memories(
-        self, tokens: Mapping[int, StateToken], states: Mapping[int, TrackState], report: Report
-    ) -> dict[str, torch.Tensor]:
-        """Return all frame memories that the states attend to, on the device."""
-        wanted = {id_: i for i, state in states.items() for id_ in state.memory_ids}
-        memories = {id_: self._memories[id_] for id_ in wanted if id_ in self._memories}
-        missing = [id_ for id_ in wanted if id_ not in memories]
-        keys = [(tokens[wanted[id_]].track, id_) for id_ in missing]
-        for id_, value in zip(missing, self._store.load_memories(keys), strict=True):
-            i = wanted[id_]
-            if value is None:
-                raise StateGoneError(f"states[{i}] lost its frames: start the track again")
-            report.bytes_read += len(value)
-            with _place(f"states[{i}]"):
-                memory = decode_memory(
-                    value,
-                    frame_id=id_,
-                    fingerprint=self._model.fingerprint,
-                    shape=self._model.memory_shape,
-                )
-            memories[id_] = memory.to(self._model.device)
-            self._remember(id_, memories[id_])
-        return memories
+        if shape.type is ShapeType.RECTANGLE:
+            return rectangle_to_box(shape, size_hw)
+        return self._model.mask_prompt(shape_to_mask(shape, size_hw))
 
     def _start(self, features: FrameFeatures, prompt: torch.Tensor | Box) -> ObjectOutput:
         if isinstance(prompt, tuple):
             return self._model.start_from_box(features, prompt)
         return self._model.start_from_mask(features, prompt)
 
-    def _begin(
-        self,
-        output: ObjectOutput,
-        shape: Shape,
-        prompt: torch.Tensor | Box,
-        size_hw: SizeHW,
-    ) -> _Found:
+    def _started(
+        self, request: _Request, obj: _StartedObject, features: FrameFeatures, output: ObjectOutput
+    ) -> _ComputedObject:
+        """Return the annotator's own shape; the mask only if SAM 2 made it, from a rectangle."""
+        box = obj.prompt if isinstance(obj.prompt, tuple) else None
+        masked = request.keep_masks and box is not None
         state = TrackState(
             fingerprint=self._model.fingerprint,
-            size_hw=size_hw,
-            shape_type=shape.type,
-            last_box=prompt if isinstance(prompt, tuple) else None,
+            size_hw=request.frame.size_hw,
+            shape_type=obj.shape.type,
+            last_box=box,
             conditioning=(PastFrame(new_id(), 0, output.obj_ptr),),
         )
-        return _Found(state, output.memory, shape, lost=False, score=output.object_score)
+        return _ComputedObject(
+            step=TrackStep(state, output.memory, parent=None),
+            shape=obj.shape,
+            lost=False,
+            mask=self._model.full_size_mask(features, output) if masked else None,
+            score=output.object_score,
+        )
 
-    def _follow(
-        self, output: ObjectOutput, mask: Mask, state: TrackState, token: StateToken
-    ) -> _Found:
+    def _continued(
+        self,
+        request: _Request,
+        obj: _ContinuedObject,
+        features: FrameFeatures,
+        output: ObjectOutput,
+    ) -> _ComputedObject:
+        """Return the shape of SAM 2's mask; of a rectangle that is lost the last box."""
+        state = obj.state
+        mask = self._model.full_size_mask(features, output)
         shape = mask_to_shape(mask, state.shape_type, polygon_tolerance=self._polygon_tolerance)
         lost = shape is None
         box = mask_to_box(mask) or state.last_box if state.last_box is not None else None
         if lost and box is not None:
             shape = Shape(ShapeType.RECTANGLE, list(box))
-        return _Found(
-            state.advance(new_id(), output.obj_ptr, box),
-            output.memory,
-            shape,
+        advanced = state.advance(new_id(), output.obj_ptr, box)
+        return _ComputedObject(
+            step=TrackStep(advanced, output.memory, parent=obj.token),
+            shape=shape,
             lost=lost,
+            mask=mask if request.keep_masks else None,
             score=output.object_score,
-            mask=mask,
-            parent=token,
         )
 
-    def _save(
-        self, found: Sequence[_Found], memories: dict[str, torch.Tensor], report: Report
-    ) -> list[StateToken]:
-        """Write one step per object; `memories` holds all frame memories in their reach."""
-        parents = [one.parent for one in found if one.parent is not None]
-        first = iter(self._store.claim(parents))
-        memories |= {one.state.newest.id: one.memory for one in found}
-        writes = []
-        for one in found:
-            if one.parent is not None and next(first):
-                write = _next_step(
-                    one.parent, one.state, self._encode(one.state.newest.id, memories)
-                )
-            else:
-                # A new track; or another continuation of a step, which goes on in keys of its own
-                # because the first one lets the common ones expire.
-                write = StepWrite(
-                    token=StateToken(new_id(), one.state.newest.id),
-                    state=encode_state(one.state),
-                    memories={id_: self._encode(id_, memories) for id_ in one.state.memory_ids},
-                )
-            writes.append(write)
-            report.bytes_written += len(write.state) + sum(map(len, write.memories.values()))
-        lost = self._store.save(writes)
-        restored = {
-            (write.token.track, id_): self._encode(id_, memories)
-            for write, ids in zip(writes, lost, strict=True)
-            for id_ in ids
-        }
-        if restored:  # the store was flushed or ran full, and this replica still had them
-            self._store.restore(restored)
-        for one in found:
-            self._remember(one.state.newest.id, one.memory)
-        return [write.token for write in writes]
+    def _repeat_if_out_of_memory(self, compute: Callable[[], T], request: _Request) -> T:
+        """Compute, and once more without caches if the device's memory does not suffice.
 
-    def _encode(self, id_: str, memories: Mapping[str, torch.Tensor]) -> bytes:
-        return encode_memory(memories[id_], frame_id=id_, fingerprint=self._model.fingerprint)
+        Raises:
+            TooLargeError: It does not suffice for the second attempt either.
+        """
+        for _ in range(2):
+            try:
+                return compute()
+            except torch.OutOfMemoryError:
+                pass
+            # Here, unlike in the except block, no traceback holds the attempt's tensors.
+            self._free_memory(request.report)
+        raise TooLargeError(
+            f"{self._model.device} has too little memory for {len(request.items)} objects on this "
+            f"frame: track fewer at a time, {MORE_MEMORY}; nothing is lost"
+        )
 
-    def _remember(self, id_: str, memory: torch.Tensor) -> None:
-        if memory.nbytes <= self._memories.maxsize:
-            self._memories[id_] = memory
+    def _free_memory(self, report: Report) -> None:
+        """Empty all caches on the device."""
+        report.out_of_memory += 1
+        self._storage.clear_cache()
+        self._model.free_memory()
 
 
 def build_tracker(settings: Settings, store: StateStore) -> Tracker:
-    """Load and warm the model that the settings name and tie it to a store.
+    """Load and warm up the model that the settings name, and connect it to a store.
 
     Raises:
-        SettingsError: See `model_loader.load_model`.
+        SettingsError: See `model_loader.load_model`; or one object does not fit into the device's
+            memory.
     """
-    model = load_model(settings)
-
-    def tie(to: StateStore) -> Tracker:
-        return Tracker(
-            model=model,
-            store=to,
-            memory_cache_bytes=settings.memory_cache_bytes,
-            polygon_tolerance=settings.polygon_tolerance,
-            request_limit_s=settings.request_limit_s,
-        )
-
-    _warm_up(tie(MemoryStateStore(state_ttl_s=60, retry_window_s=60)))
-    return tie(store)
-
-
-def _warm_up(tracker: Tracker) -> None:
-    """Run a start and a step, so that the first annotator does not pay for them."""
-    side = 64
-    blank = Frame("warm-up", (side, side), lambda: Image.new("RGB", (side, side)))
-    box = Shape(ShapeType.RECTANGLE, [16.0, 16.0, 48.0, 48.0])
-    (started,) = tracker.run(blank, [Start(box)])
-    tracker.run(blank, [Continue(started.token)])
-
-
-@dataclass(frozen=True, eq=False)
-class _Found:
-    """One object of a request, computed but not yet written."""
-
-    state: TrackState
-    memory: torch.Tensor
-    shape: Shape | None
-    lost: bool
-    score: float
-    mask: Mask | None = None
-    parent: StateToken | None = None
-
-
-def _next_step(parent: StateToken, state: TrackState, memory: bytes) -> StepWrite:
-    """Write a step behind its parent, which stays usable with `RETRY_STEPS - 1` before it."""
-    newest = state.newest.id
-    chain = [frame.id for frame in state.conditioning + state.past]
-    past = [frame.id for frame in state.past]
-    return StepWrite(
-        token=StateToken(parent.track, newest),
-        state=encode_state(state),
-        memories={newest: memory},
-        renewed=[id_ for id_ in state.memory_ids if id_ != newest],
-        superseded_steps=[parent.step],
-        superseded_memories=past[-MEMORY_REACH - 1 : -MEMORY_REACH],
-        dropped_steps=chain[-RETRY_STEPS - 2 : -RETRY_STEPS - 1],
-        dropped_memories=past[-MEMORY_REACH - RETRY_STEPS - 1 : -MEMORY_REACH - RETRY_STEPS],
+    try:
+        model = load_model(settings)
+        warm_up(model)
+    except torch.OutOfMemoryError as err:
+        raise SettingsError(
+            f"SAM2_DEVICE={settings.device!r} has too little memory for one object: {MORE_MEMORY}"
+        ) from err
+    return Tracker(
+        model=model,
+        store=store,
+        memory_cache_bytes=settings.memory_cache_bytes,
+        polygon_tolerance=settings.polygon_tolerance,
+        request_limit_s=settings.request_limit_s,
     )
 
 
-@contextmanager
-def _place(name: str) -> Iterator[None]:
-    """Begin an error's message with the part of the request it is about."""
-    try:
-        yield
-    except TrackerError as err:
-        raise type(err)(f"{name}: {err}") from err
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """One call of `Tracker.run`, whose arguments these are."""
+
+    frame: Frame
+    items: Sequence[Start | Continue]
+    report: Report
+    keep_masks: bool
+    limit_s: float
+    begin: float = field(default_factory=time.monotonic)
+
+    def check_time(self) -> None:
+        """Raise `TooLargeError` if the time allowed is over."""
+        if time.monotonic() > self.begin + self.limit_s:
+            raise TooLargeError(
+                f"{len(self.items)} objects take longer than {self.limit_s:.0f} s: track fewer at "
+                "a time; nothing is lost"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _StartedObject:
+    """An object to start.
+
+    Attributes:
+        shape: The annotator's.
+        prompt: The shape as a box XYXY, or as a mask at the model's input size.
+    """
+
+    shape: Shape
+    prompt: torch.Tensor | Box
+
+
+@dataclass(frozen=True, eq=False)
+class _ContinuedObject:
+    """An object to continue: its token, and the state loaded for it."""
+
+    token: StateToken
+    state: TrackState
+
+
+_RequestedObject = _StartedObject | _ContinuedObject
+
+
+@dataclass(frozen=True, eq=False)
+class _ComputedObject:
+    """An object on the frame, before its step is written; see `TrackedObject`."""
+
+    step: TrackStep
+    shape: Shape | None
+    lost: bool
+    mask: Mask | None
+    score: float

@@ -54,7 +54,7 @@ class InteractionFunction:
         cvat-cli keeps what comes out for minutes, however many frames there are. So it is the
         picture; the segmenter knows how many encoded frames the device can hold.
         """
-        return Frame.at_hand(upright_rgb(image))
+        return Frame.from_image(upright_rgb(image))
 
     def detect(
         self,

@@ -123,7 +123,7 @@ class TrackingFunction:
         image: Image.Image,
     ) -> FrameRequest:
         """Begin a request; the frame is encoded when the first object needs it."""
-        return FrameRequest(Frame.at_hand(upright_rgb(image)), self._find)
+        return FrameRequest(Frame.from_image(upright_rgb(image)), self._find)
 
     def init_tracking_state(
         self,

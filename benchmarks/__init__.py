@@ -1,1 +1,1 @@
-"""Programs that measure; each prints what it measured and on which machine."""
+"""Command line programs that measure speed; each prints its results and the machine."""

@@ -2,10 +2,10 @@
 
     python -m benchmarks.agent --model-id facebook/sam2.1-hiera-tiny --device cuda
 
-Both run as `cvat-cli function run-agent` against a stand-in for CVAT, and are asked for the same
-frames in turn; a time lasts from the request to the answer, frames travelling as PNG. The loop is
-`references.PerObjectLoop`, how CVAT's own SAM 2 function tracks. Ours keeps its tracks in a Redis
-server, as several agents need it. The ratio is our time divided by the loop's: below 1 we are
+Both run as `cvat-cli function run-agent` against a stub of CVAT's server and track the same frames
+alternately; a time lasts from the request to the answer, frames travelling as PNG. The loop is
+`references.PerObjectLoop`, the way CVAT's own SAM 2 function tracks. Ours keeps its tracks in a
+Redis server, as several agents need it. The ratio is our time divided by the loop's: below 1 we are
 faster. Other settings come from the environment.
 """
 
@@ -24,20 +24,20 @@ from typing import Any
 import cv2
 
 from benchmarks.clip import draw_discs
-from benchmarks.harness import add_common_options, report, result, set_up
-from benchmarks.turns import median
+from benchmarks.comparison import median
+from benchmarks.harness import add_common_options, make_result, report, set_up
 from shapes import encode_cvat_rle
 from testbed.cvat_agent_stub import TOKEN, CvatStub
 
 FUNCTIONS = {"ours": "agent/func.py", "loop": "benchmarks/reference_function.py"}
 COLUMNS = ["objects", "ours_ms", "loop_ms", "ours_over_loop"]
 REPOSITORY = Path(__file__).parent.parent
-WARM_UP_FRAMES = 8  # until every object's memory is full
+WARM_UP_FRAMES = 8  # until every object's memory bank is full
 TASK = 1
 
 
 def start_agent(cvat: CvatStub, file: str, environment: dict[str, str]) -> tuple[int, Any]:
-    """Register a function of masks and start its agent."""
+    """Register a function that tracks masks, and start its agent."""
     function = cvat.register(
         {"provider": "native", "kind": "tracker", "supported_shape_types": ["mask"]}
     )
@@ -49,7 +49,7 @@ def start_agent(cvat: CvatStub, file: str, environment: dict[str, str]) -> tuple
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and write what is asked for."""
+    """Measure, print, and write the files that the options name."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_options(parser)
     parser.add_argument("--objects", type=int, default=8)
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         all_ms[name].append(round((time.perf_counter() - begin) * 1000, 2))
         finally:
             for _, process in agents.values():
-                os.killpg(process.pid, signal.SIGKILL)  # with its worker
+                os.killpg(process.pid, signal.SIGKILL)  # the agent and its worker process
                 process.wait()
             cvat.close()
         ours_ms, loop_ms = (median(times) for times in all_ms.values())
@@ -91,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "ours_over_loop": round(ours_ms / loop_ms, 4),
             "all_ms": all_ms,
         }
-        found = result("agent", options, bench.environment, [row])
-    report(found, options, COLUMNS)
+        result = make_result("agent", options, bench.environment, [row])
+    report(result, options, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Whether a long track stays as fast and as small as a short one, and abandoned ones leave nothing.
+"""Whether long tracks stay as fast and small as short ones, and abandoned tracks disappear.
 
     python -m benchmarks.frames --model-id micro --device cpu --abandon 200
 
-One object is followed over many frames through HTTP and Redis. Around a late frame a second, young
-track is followed in turn with it: both times are from the same moments. The function keeps few
-frame memories and features, and tracks for 20 seconds, so that what may grow has soon done so.
+One object is tracked over many frames through HTTP and Redis. Around a late frame a second, young
+track is tracked alternately with it, so that both times are from the same moments. Caches are small
+and tracks live for 20 seconds, so that memory reaches its final size soon.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.clip import FIRST_NEW_FRAME, Clip, make_clip
-from benchmarks.contenders import Function
+from benchmarks.comparison import median
 from benchmarks.harness import (
     Bench,
     Panel,
@@ -25,46 +25,50 @@ from benchmarks.harness import (
     add_common_options,
     describe,
     draw,
+    make_result,
     model_config,
     report,
-    result,
     set_up,
 )
-from benchmarks.turns import median
+from benchmarks.trackers import ServedFunction
 from settings import Settings
 from shapes import encode_cvat_rle
 from state_token import StateToken
 
-PICTURES = 40  # frames of the clip, which runs forth and back
+CLIP_FRAMES = 40  # the clip is played forwards and backwards
 CACHED_MEMORIES = 16
-LIFE_S = 20  # of a track that nobody uses
+LIFETIME_S = 20  # of an unused track
 STEPS_BEFORE_ABANDONED = 3
 MB = 1_000_000
 COLUMNS = ["frame", "ours_ms", "redis_bytes", "redis_keys", "process_bytes"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and write what is asked for."""
+    """Measure, print, and write the files that the options name."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_options(parser)
     parser.add_argument("--frames", type=int, default=1000)
     parser.add_argument("--early", type=int, default=30, help="frame to compare the late one with")
     parser.add_argument("--late", type=int, default=900)
     parser.add_argument("--window", type=int, default=21, help="frames around both, for medians")
-    parser.add_argument("--every", type=int, default=50, help="frames between looks at memory")
-    parser.add_argument("--abandon", type=int, default=0, help="tracks to start and leave")
+    parser.add_argument(
+        "--every", type=int, default=50, help="frames between measurements of memory"
+    )
+    parser.add_argument("--abandon", type=int, default=0, help="tracks to start and abandon")
     parser.add_argument("--size", type=int, nargs=2, default=(360, 640), metavar=("H", "W"))
     options = parser.parse_args(arguments)
     with (
         set_up(options) as bench,
-        closing(Function(short_memory(bench), bench.server, bench.folder)) as function,
+        closing(
+            ServedFunction(small_cache_settings(bench), bench.server, bench.folder)
+        ) as function,
     ):
-        clip = make_clip(bench.folder / "clip", PICTURES, 1, tuple(options.size))
+        clip = make_clip(bench.folder / "clip", CLIP_FRAMES, 1, tuple(options.size))
         rows, flat = follow(function, clip, options)
         abandoned = abandon(function, clip, options.abandon) if options.abandon else []
-        found = result("frames", options, bench.environment, rows)
-    found |= {"flat": flat, "abandoned": abandoned}
-    report(found, options, COLUMNS, plot)
+        result = make_result("frames", options, bench.environment, rows)
+    result |= {"flat": flat, "abandoned": abandoned}
+    report(result, options, COLUMNS, plot)
     print(
         f"frame {options.late} takes {flat['late_over_early']} of the time of frame "
         f"{options.early} ({flat['late_ms']} and {flat['early_ms']} ms, {options.window} pairs)"
@@ -76,24 +80,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
 
 
-def follow(function: Function, clip: Clip, options: argparse.Namespace) -> tuple[list[Row], Row]:
-    """Return a row per look at a long track, and how its late steps compare with early ones."""
+def follow(
+    function: ServedFunction, clip: Clip, options: argparse.Namespace
+) -> tuple[list[Row], Row]:
+    """Return rows about one long track, and the times of late frames against early ones."""
     rows, times, pairs = [], [], []
-    old, young = Track(function, clip), Track(function, clip, ahead=PICTURES // 2)
+    old, young = Track(function, clip), Track(function, clip, offset=CLIP_FRAMES // 2)
     old.start()
     half = options.window // 2
     for frame in tqdm(range(1, options.frames + 1), unit="frame", leave=False):
         age = frame - (options.late - options.early)  # of the young track
         if age == 0:
             young.start()
-        turns = [old, young] if 0 < age <= options.early + half else [old]
-        spent = {track: track.step(frame) for track in turns[:: 1 if frame % 2 else -1]}
-        times.append(spent[old])
+        tracks = [old, young] if 0 < age <= options.early + half else [old]
+        step_ms = {track: track.step(frame) for track in tracks[:: 1 if frame % 2 else -1]}
+        times.append(step_ms[old])
         if abs(frame - options.late) <= half:
-            pairs.append((spent[old], spent[young]))
+            pairs.append((step_ms[old], step_ms[young]))
         if frame % options.every == 0:
             row = {"frame": frame, "ours_ms": median(times[-options.every :])}
-            rows.append(row | old.in_redis() | {"process_bytes": old.process_bytes()})
+            rows.append(row | old.redis_usage() | {"process_bytes": old.process_bytes()})
     flat: Row = {
         "late_ms": median(late for late, _ in pairs),
         "early_ms": median(early for _, early in pairs),
@@ -102,12 +108,12 @@ def follow(function: Function, clip: Clip, options: argparse.Namespace) -> tuple
     return rows, flat
 
 
-def abandon(function: Function, clip: Clip, count: int) -> list[Row]:
-    """Start tracks, leave each after a few steps, and return what is left of them in between."""
+def abandon(function: ServedFunction, clip: Clip, count: int) -> list[Row]:
+    """Start tracks, abandon each after a few steps, and return rows about the memory in use."""
     rows = []
     with function.server.client() as client:
         for number in tqdm(range(1, count + 1), unit="track", leave=False):
-            track = Track(function, clip, ahead=number)
+            track = Track(function, clip, offset=number)
             track.start()
             for frame in range(1, STEPS_BEFORE_ABANDONED + 1):
                 track.step(frame)
@@ -119,8 +125,8 @@ def abandon(function: Function, clip: Clip, count: int) -> list[Row]:
     return rows
 
 
-def short_memory(bench: Bench) -> dict[str, str]:
-    """Return settings under which little is kept, so that what is kept stops growing at once."""
+def small_cache_settings(bench: Bench) -> dict[str, str]:
+    """Return settings for small caches and short lives, so that memory stops growing soon."""
     settings = Settings.from_env(bench.environment)
     config = model_config(settings)
     side = (settings.image_size or config.image_size) // 16
@@ -128,41 +134,41 @@ def short_memory(bench: Bench) -> dict[str, str]:
     return bench.environment | {
         "SAM2_MEMORY_CACHE_MB": str(-(-CACHED_MEMORIES * memory_bytes // (1 << 20))),
         "SAM2_FEATURE_CACHE_FRAMES": "1",
-        "SAM2_STATE_TTL": str(LIFE_S),
-        "SAM2_RETRY_WINDOW": str(LIFE_S // 2),
+        "SAM2_STATE_TTL": str(LIFETIME_S),
+        "SAM2_RETRY_WINDOW": str(LIFETIME_S // 2),
     }
 
 
 class Track:
-    """One object, followed forth and back through a clip.
+    """One object, tracked forwards and backwards through a clip.
 
     Args:
-        function: Follows it.
+        function: Tracks the object.
         clip: Its first disc is the object.
-        ahead: Frames that it is ahead of others, so that they do not meet on a frame.
+        offset: Frame of the clip to start on, so that two tracks do not share cached features.
     """
 
-    def __init__(self, function: Function, clip: Clip, *, ahead: int = 0) -> None:
+    def __init__(self, function: ServedFunction, clip: Clip, *, offset: int = 0) -> None:
         self._function = function
-        self._pictures = clip.frames[FIRST_NEW_FRAME:]
+        self._frames = clip.frames[FIRST_NEW_FRAME:]
         self._shape = {"type": "mask", "points": encode_cvat_rle(clip.masks[0])}
-        self._ahead = ahead
+        self._offset = offset
         self._states: list[str] = []
 
     def start(self) -> None:
-        """Draw the object."""
+        """Start the track from the object's mask."""
         self._function.replica.wait()
-        _, answer = self._function.post(self._picture(0), [self._shape], [])
+        _, answer = self._function.post(self._frame(0), [self._shape], [])
         self._states = answer["states"]
 
     def step(self, frame: int) -> float:
-        """Find the object; return the milliseconds that took."""
-        ms, answer = self._function.post(self._picture(frame), [None], self._states)
+        """Track the object to a frame; return the milliseconds of the request."""
+        ms, answer = self._function.post(self._frame(frame), [None], self._states)
         self._states = answer["states"]
         return ms
 
-    def in_redis(self) -> Row:
-        """Return the bytes, with Redis's own on them, and the number of the track's keys."""
+    def redis_usage(self) -> Row:
+        """Return the number of the track's keys, and their bytes with Redis's overhead."""
         track = StateToken.parse(self._states[0]).track
         with self._function.server.client() as client:
             keys = list(client.scan_iter(f"sam2:{{{track}}}:*", count=1000))
@@ -170,20 +176,20 @@ class Track:
         return {"redis_bytes": sum(sizes), "redis_keys": len(keys)}
 
     def process_bytes(self) -> int:
-        """Return the memory of the function's process."""
+        """Return the resident memory of the function's process."""
         return self._function.replica.resident_bytes()
 
-    def _picture(self, frame: int) -> bytes:
-        last = len(self._pictures) - 1
-        return self._pictures[last - abs((frame + self._ahead) % (2 * last) - last)]
+    def _frame(self, frame: int) -> bytes:
+        last = len(self._frames) - 1
+        return self._frames[last - abs((frame + self._offset) % (2 * last) - last)]
 
 
-def plot(found: Row, path: Path) -> None:
-    """Draw time and memory over the frames, and over the abandoned tracks beside it."""
-    rows, abandoned = found["rows"], found["abandoned"]
+def plot(result: Row, path: Path) -> None:
+    """Draw time and memory over the frames; in a second file, memory over abandoned tracks."""
+    rows, abandoned = result["rows"], result["abandoned"]
     draw(
         path,
-        title=f"One track over many frames, {found['model']['name']}",
+        title=f"One track over many frames, {result['model']['name']}",
         x_label="frame",
         x=[row["frame"] for row in rows],
         ticks={row["frame"]: str(row["frame"]) for row in rows if row["frame"] % 100 == 0},
@@ -192,22 +198,22 @@ def plot(found: Row, path: Path) -> None:
             Panel("the track in Redis, KB", {"ours": [r["redis_bytes"] / 1000 for r in rows]}),
             Panel("process, MB", {"ours": [row["process_bytes"] / MB for row in rows]}),
         ],
-        caption=describe(found),
+        caption=describe(result),
     )
     if abandoned:
         draw(
             path.with_stem(f"{path.stem}_abandoned"),
-            title=f"Tracks started and abandoned, {found['model']['name']}",
+            title=f"Tracks started and abandoned, {result['model']['name']}",
             x_label="tracks abandoned",
             x=[row["tracks"] for row in abandoned],
             panels=[
                 Panel("process, MB", {"ours": [r["process_bytes"] / MB for r in abandoned]}),
                 Panel(
                     "Redis, MB",
-                    {f"tracks live {LIFE_S} s": [r["redis_bytes"] / MB for r in abandoned]},
+                    {f"tracks live {LIFETIME_S} s": [r["redis_bytes"] / MB for r in abandoned]},
                 ),
             ],
-            caption=describe(found),
+            caption=describe(result),
         )
 
 

@@ -1,9 +1,9 @@
-"""What benchmarks share: the choice of the model, the machine's description, results and plots.
+"""Shared parts of the benchmarks: model options, a description of the machine, results and plots.
 
-A result is one JSON object: `benchmark` names it; `machine`, `model` and `options` say
-what was measured and on what; `rows` is the table, one object per measured point. Names end in
-their unit, `_ms` or `_bytes`; numbers are medians unless they say otherwise. `ours_over_x` is our
-time divided by that of x: below 1 we are faster.
+A result is one JSON object: `benchmark` is its name; `machine`, `model` and `options` describe what
+was measured and where; `rows` is the table, one object per measured point. Names of values end in
+their unit, `_ms` or `_bytes`; values are medians unless stated otherwise. `ours_over_x` is our time
+divided by that of x: below 1 we are faster.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Bench:
-    """What a benchmark works with.
+    """The resources of a benchmark.
 
     Attributes:
-        folder: For files of all kinds; removed at the end.
-        environment: The function's settings that name the model and how it runs.
-        server: A Redis server of its own.
+        folder: For temporary files; removed at the end.
+        environment: The function's settings that choose the model and how it runs.
+        server: A Redis server for this benchmark only.
     """
 
     folder: Path
@@ -50,7 +50,7 @@ class Bench:
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Add what every benchmark can be told."""
+    """Add the options of all benchmarks."""
     parser.add_argument("--model-id", help="as SAM2_MODEL_ID, e.g. micro")
     parser.add_argument("--config", help="as SAM2_CONFIG, or short, e.g. sam2.1_hiera_t")
     parser.add_argument("--checkpoint", help="as SAM2_CHECKPOINT")
@@ -58,12 +58,12 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="as SAM2_DEVICE")
     parser.add_argument("--image-size", type=int, help="as SAM2_IMAGE_SIZE")
     parser.add_argument("--json", type=Path, help="where to write the result")
-    parser.add_argument("--plot", type=Path, help="where to draw it, a PNG")
+    parser.add_argument("--plot", type=Path, help="where to draw the result, a PNG")
 
 
 @contextmanager
 def set_up(options: argparse.Namespace) -> Iterator[Bench]:
-    """Bring what a benchmark works with, and clear it away."""
+    """Create the resources of a benchmark, and remove them at the end."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         environment = model_environment(options, folder)
@@ -75,11 +75,11 @@ def set_up(options: argparse.Namespace) -> Iterator[Bench]:
 
 
 def model_environment(options: argparse.Namespace, folder: Path) -> dict[str, str]:
-    """Return the variables that choose the model: the environment's, and the options before them.
+    """Return the settings that choose the model: the environment's, overridden by the options.
 
     Args:
         options: See `add_common_options`.
-        folder: Where random weights are put.
+        folder: Where random weights are written.
     """
     environment = {name: value for name, value in os.environ.items() if name.startswith("SAM2_")}
     if options.model_id:
@@ -100,18 +100,24 @@ def model_environment(options: argparse.Namespace, folder: Path) -> dict[str, st
 
 
 def model_config(settings: Settings) -> Any:  # noqa: ANN401  # OmegaConf's
-    """Return the `model` part of the config that settings name."""
+    """Return the `model` part of the config file that the settings choose."""
     return OmegaConf.load(find_files(settings)[0]).model
 
 
-def result(
+def make_result(
     name: str, options: argparse.Namespace, environment: Mapping[str, str], rows: Sequence[Row]
 ) -> Row:
-    """Return a result as the module's docstring says."""
+    """Return a result in the form that the module's docstring describes."""
     settings = Settings.from_env(environment)
     weights = f", random weights, seed {SEED}" if options.random else ""
-    named = {"SAM2_CONFIG", "SAM2_CHECKPOINT", "SAM2_MODEL_ID", "SAM2_IMAGE_SIZE", "SAM2_DEVICE"}
-    places = {"json", "plot", "out", "checkpoint"}
+    shown_elsewhere = {
+        "SAM2_CONFIG",
+        "SAM2_CHECKPOINT",
+        "SAM2_MODEL_ID",
+        "SAM2_IMAGE_SIZE",
+        "SAM2_DEVICE",
+    }
+    files = {"json", "plot", "out", "checkpoint"}
     return {
         "benchmark": name,
         "machine": machine(settings.device),
@@ -119,61 +125,63 @@ def result(
             "name": (Path(settings.config).stem if settings.config else settings.model_id)
             + weights,
             "image_size": settings.image_size or model_config(settings).image_size,
-            "settings": {k: v for k, v in sorted(environment.items()) if k not in named and v},
+            "settings": {
+                k: v for k, v in sorted(environment.items()) if k not in shown_elsewhere and v
+            },
         },
-        "options": {k: v for k, v in vars(options).items() if k not in places and v is not None},
+        "options": {k: v for k, v in vars(options).items() if k not in files and v is not None},
         "rows": list(rows),
     }
 
 
 def against_bar(value: float, bar: float, *, at_least: bool = False) -> Row:
-    """Return a value beside its bar, and whether it is met; the bar is the most, or the least."""
+    """Compare a value with the largest value allowed, or with the smallest."""
     return {"value": value, "bar": bar, "met": value >= bar if at_least else value <= bar}
 
 
 def machine(device: str = "auto") -> dict[str, Any]:
-    """Return what times depend on beside the program.
+    """Describe this machine: hardware, load and versions that times depend on.
 
     Args:
         device: As `SAM2_DEVICE`.
     """
-    lines = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpus = [line.partition(": ")[2] for line in lines.splitlines() if line.startswith("model name")]
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpus = [line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")]
     picked = pick_device(device)
     return {
         "device": torch.cuda.get_device_name(picked) if picked.type == "cuda" else "cpu",
         "cpu": cpus[0] if cpus else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "busy": round(os.getloadavg()[0], 1),  # processes that wanted a core in the last minute
+        "busy": round(os.getloadavg()[0], 1),  # mean number of runnable processes, last minute
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
 
 
 def report(
-    found: Row,
+    result: Row,
     options: argparse.Namespace,
     columns: Sequence[str],
     plot: Callable[[Row, Path], None] | None = None,
 ) -> None:
-    """Print a result as a table, and write and draw it where the options say.
+    """Print a result as a table; write and draw it to the files that the options name.
 
     Args:
-        found: See `result`.
+        result: See `make_result`.
         options: See `add_common_options`.
         columns: See `table`.
-        plot: Draws the result, where there is something to draw.
+        plot: Draws the result; None if there is nothing to draw.
     """
-    print(f"{found['benchmark']}: {describe(found)}\n{table(found['rows'], columns)}")
+    print(f"{result['benchmark']}: {describe(result)}\n{table(result['rows'], columns)}")
     if options.json:
-        write_json(found, options.json)
+        write_json(result, options.json)
     if plot and options.plot:
-        plot(found, options.plot)
+        plot(result, options.plot)
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """Return some columns of rows as text; what a row lacks stays empty."""
+    """Return the named columns of rows as text; a missing value gives an empty cell."""
     cells = [[*columns], *([_cell(row.get(name)) for name in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = (
@@ -183,26 +191,26 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def write_json(found: Row, path: Path) -> None:
-    """Write a result."""
+def write_json(result: Row, path: Path) -> None:
+    """Write a result to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def describe(found: Row) -> str:
-    """Return model and machine in a line."""
-    model = found["model"]
+def describe(result: Row) -> str:
+    """Return model and machine in one line."""
+    model = result["model"]
     settings = "".join(f", {name}={value}" for name, value in model["settings"].items())
-    where = describe_machine(found["machine"])
+    where = describe_machine(result["machine"])
     return f"{model['name']} at {model['image_size']} px{settings}; {where}"
 
 
-def describe_machine(where: Row) -> str:
-    """Return a machine in a line."""
-    device = where["cpu"] if where["device"] == "cpu" else f"{where['device']} and {where['cpu']}"
+def describe_machine(info: Row) -> str:
+    """Return the description from `machine` in one line."""
+    device = info["cpu"] if info["device"] == "cpu" else f"{info['device']} and {info['cpu']}"
     return (
-        f"{device}, {where['cores']} cores, {where['threads']} threads, torch {where['torch']}, "
-        f"load {where['busy']}"
+        f"{device}, {info['cores']} cores, {info['threads']} threads, torch {info['torch']}, "
+        f"load {info['busy']}"
     )
 
 
@@ -211,10 +219,10 @@ class Panel:
     """One diagram: curves over a common x.
 
     Attributes:
-        y_label: What is drawn, with its unit.
-        curves: Values by name, one per x, None where there is none.
-        level: A value to compare with, drawn as a thin line.
-        log: Whether y is drawn to a logarithmic scale.
+        y_label: The quantity and its unit.
+        curves: Values by name, one per x; None leaves a gap.
+        level: A reference value, drawn as a thin line.
+        log: Whether the y axis is logarithmic.
     """
 
     y_label: str
@@ -234,7 +242,7 @@ def draw(
     log_x: bool = False,
     ticks: Mapping[float, str] | None = None,
 ) -> None:
-    """Write a PNG of diagrams one above the other, with the machine at the bottom."""
+    """Write a PNG of diagrams one above the other, with the caption at the bottom."""
     figure = Figure(figsize=(8, 1.4 + 3 * len(panels)), dpi=120, layout="constrained")
     figure.suptitle(title)
     figure.supxlabel(textwrap.fill(caption, 130), fontsize=7, color="0.35")
@@ -251,8 +259,8 @@ def draw(
             axes.set_xscale("log", base=2)
         if panel.log:
             axes.set_yscale("log")
-            for place in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                place(LogFormatter(minor_thresholds=(2, 0.5)))
+            for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                set_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         else:
             drawn = [b for values in panel.curves.values() for b in values if b is not None]
             axes.set_ylim(0, 1.1 * max([*drawn, panel.level or 0]))
@@ -266,7 +274,7 @@ def draw(
 
 
 def _config_name(name: str) -> str:
-    """Return a config as SAM2_CONFIG takes it; `sam2.1_hiera_t` is short for one of sam2's own."""
+    """Return a config name for SAM2_CONFIG; `sam2.1_hiera_t` is short for a config of sam2's."""
     if "/" in name or name.endswith(".yaml"):
         return name
     return f"configs/{name.partition('_')[0]}/{name}.yaml"

@@ -1,11 +1,11 @@
-"""What a smaller model input does to speed, and, with trained weights, to the masks.
+"""Speed, and with trained weights mask quality, by the size of the model's input.
 
     python -m benchmarks.input_sizes --model-id micro --device cpu --clips 6
     python -m benchmarks.input_sizes --config sam2.1_hiera_t --random --sizes 512 1024 --clips 0
 
-Speed is that of one object with a full memory bank through HTTP and Redis, in turn with SAM 2's
-predictor at the same size and with all other sizes. J and F are those of `training.evaluate`:
-objects of held-out synthetic clips, each followed from its true mask.
+Speed is that of one object with a full memory bank through HTTP and Redis, measured alternately
+with SAM 2's predictor at the same size and with all other sizes. J and F are measured as by
+`micro_training.evaluate`: objects of held-out synthetic clips, each tracked from its true mask.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.clip import make_clip
-from benchmarks.contenders import open_contenders
+from benchmarks.comparison import TimedTracker, compare, step_alternately
 from benchmarks.harness import (
     Bench,
     Panel,
@@ -29,11 +29,11 @@ from benchmarks.harness import (
     add_common_options,
     describe,
     draw,
+    make_result,
     report,
-    result,
     set_up,
 )
-from benchmarks.turns import Contender, compare, take_turns
+from benchmarks.trackers import open_trackers
 from micro_training.function_client import FunctionClient
 from micro_training.held_out import choose_held_out
 from micro_training.measures import ClipResult, measure_clip
@@ -44,7 +44,7 @@ COLUMNS = ["image_size", "ours_ms", "over_largest", "predictor_ms", "ours_over_p
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and write what is asked for."""
+    """Measure, print, and write the files that the options name."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_options(parser)
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 192, 256, 384])
@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.clips:
             measured = follow_clips(environments, options.clips)
             rows = [row | measured[row["image_size"]] for row in rows]
-        found = result("input_sizes", options, bench.environment, rows)
-    report(found, options, COLUMNS, plot)
+        result = make_result("input_sizes", options, bench.environment, rows)
+    report(result, options, COLUMNS, plot)
 
 
 def time_sizes(
@@ -70,22 +70,22 @@ def time_sizes(
     frames: int,
     size_hw: tuple[int, int],
 ) -> list[Row]:
-    """Return a row of times per input size."""
+    """Return a row with the times for each input size."""
     clip = make_clip(bench.folder / "clip", frames + 1, 1, size_hw)
-    contenders: dict[str, Contender] = {}
+    trackers: dict[str, TimedTracker] = {}
     with ExitStack() as stack:
         for size, environment in environments.items():
-            opened = open_contenders(
+            opened = open_trackers(
                 ("ours", "predictor"), environment, bench.server, bench.folder, stack
             )
-            contenders |= {f"{who} {size}": contender for who, contender in opened.items()}
-        for contender in contenders.values():
-            contender.start(clip, 1)
-        steps = take_turns(contenders, frames=frames, name="speed")
+            trackers |= {f"{name} {size}": tracker for name, tracker in opened.items()}
+        for tracker in trackers.values():
+            tracker.start(clip, 1)
+        steps = step_alternately(trackers, frames=frames, name="speed")
     rows = []
     for size in environments:
-        own = {who: steps[f"{who} {size}"] for who in ("ours", "predictor")}
-        rows.append({"image_size": size, **compare(own)})
+        same_size = {name: steps[f"{name} {size}"] for name in ("ours", "predictor")}
+        rows.append({"image_size": size, **compare(same_size)})
     largest = max(rows, key=lambda row: int(row["image_size"]))
     for row in rows:
         row["over_largest"] = round(row["ours_ms"] / largest["ours_ms"], 4)
@@ -98,26 +98,26 @@ def follow_clips(environments: Mapping[int, Mapping[str, str]], count: int) -> d
     for size, environment in environments.items():
         with patch.dict(os.environ, environment):
             clients[size] = FunctionClient()
-    found: dict[int, list[ClipResult]] = {size: [] for size in clients}
+    all_results: dict[int, list[ClipResult]] = {size: [] for size in clients}
     for held_out in tqdm(choose_held_out(count), total=count, unit="clip", leave=False):
         clip = held_out.make()
         masks = [clip.mask(0, body) for body in held_out.bodies]
         for size, client in clients.items():
             answers = client.follow(clip.frames, masks, [ShapeType.MASK] * len(masks))
-            found[size].append(measure_clip(held_out, clip, answers))
+            all_results[size].append(measure_clip(held_out, clip, answers))
     return {
         size: {
-            "j": round(float(np.concatenate([one.j for one in results]).mean()), 4),
-            "f": round(float(np.concatenate([one.f for one in results]).mean()), 4),
-            "objects_followed": sum(len(one.j) for one in results),
+            "j": round(float(np.concatenate([clip_result.j for clip_result in results]).mean()), 4),
+            "f": round(float(np.concatenate([clip_result.f for clip_result in results]).mean()), 4),
+            "objects_followed": sum(len(clip_result.j) for clip_result in results),
         }
-        for size, results in found.items()
+        for size, results in all_results.items()
     }
 
 
-def plot(found: Row, path: Path) -> None:
-    """Draw speed and, where it was measured, J over the input's size."""
-    rows = found["rows"]
+def plot(result: Row, path: Path) -> None:
+    """Draw speed and, where measured, J and F over the size of the input."""
+    rows = result["rows"]
     sizes = ", ".join(str(row["image_size"]) for row in rows)
     panels = [
         Panel(
@@ -138,11 +138,11 @@ def plot(found: Row, path: Path) -> None:
         panels.append(Panel(f"held-out clips, {rows[0]['objects_followed']} objects", scores))
     draw(
         path,
-        title=f"Speed and masks by the model's input, {found['model']['name']}, 1 object",
+        title=f"Speed and masks by the model's input, {result['model']['name']}, 1 object",
         x_label="side of the model's input, px (SAM2_IMAGE_SIZE)",
         x=[row["image_size"] for row in rows],
         panels=panels,
-        caption=describe(found | {"model": found["model"] | {"image_size": sizes}}),
+        caption=describe(result | {"model": result["model"] | {"image_size": sizes}}),
     )
 
 

@@ -1,11 +1,11 @@
-"""Times the clicks on one frame.
+"""Time of the first click on a frame, and of further clicks on it.
 
     python -m benchmarks.interactor_clicks --config sam2.1_hiera_t --random --device cpu
 
-The first click on a frame encodes it, every further one costs the prompt encoder, the mask decoder
-and the answer only. Whole requests through the interactor's handler. Time does not depend on the
-weights. The ratio is a further click's time divided by the first one's; `reached` says what it may
-be at most.
+The first click on a frame encodes it; a further click needs only the prompt encoder, the mask
+decoder and the answer. Requests go through the interactor's handler. Time does not depend on the
+weights. The ratio is a further click's time divided by the first click's; `reached` compares it
+with the largest ratio allowed.
 """
 
 from __future__ import annotations
@@ -23,18 +23,24 @@ import cv2
 import numpy as np
 from nuclio_sdk import Context, Event, Logger
 
-from benchmarks.harness import add_common_options, against_bar, model_environment, report, result
-from benchmarks.turns import median
+from benchmarks.comparison import median
+from benchmarks.harness import (
+    add_common_options,
+    against_bar,
+    make_result,
+    model_environment,
+    report,
+)
 from interaction import main as function
 
 FRAME_HW = (720, 1280)
 CLICKS = 8
-BAR = 0.05
+BAR = 0.05  # the largest ratio allowed
 COLUMNS = ["frames", "first_ms", "further_ms", "further_over_first"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and write what is asked for."""
+    """Measure, print, and write the files that the options name."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_options(parser)
     parser.add_argument("--frames", type=int, default=3)
@@ -55,14 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "further_over_first": ratio,
             "all_ms": all_ms,
         }
-        found = result("interactor_clicks", options, environment, [row])
-    found["reached"] = {"further_over_first": against_bar(ratio, BAR)}
-    report(found, options, COLUMNS)
+        result = make_result("interactor_clicks", options, environment, [row])
+    result["reached"] = {"further_over_first": against_bar(ratio, BAR)}
+    report(result, options, COLUMNS)
     print(f"at most {BAR}: {'met' if ratio <= BAR else 'MISSED'}")
 
 
 def time_clicks(context: Context, seed: int) -> list[float]:
-    """Return the milliseconds of each click on a frame that the function has not seen."""
+    """Return the milliseconds of each click on a new frame."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 255, (9, 16, 3), dtype=np.uint8)
     frame = cv2.resize(coarse, FRAME_HW[::-1], interpolation=cv2.INTER_CUBIC)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.objects --config sam2.1_hiera_t --random --image-size 512 --device cpu
 
-The function, SAM 2's own predictor and a loop over objects whose states lie in Redis find the same
-objects on the same frames, in turn, with full memory banks (see `contenders`).
+The function, SAM 2's own predictor and a loop over objects with its states in Redis track the same
+objects on the same frames, alternately, with full memory banks (see `trackers`).
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.clip import Clip, make_clip
-from benchmarks.contenders import open_contenders
+from benchmarks.comparison import TimedTracker, compare, median, step_alternately
 from benchmarks.harness import (
     Panel,
     Row,
     add_common_options,
     describe,
     draw,
+    make_result,
     report,
-    result,
     set_up,
 )
-from benchmarks.turns import Contender, compare, median, take_turns
+from benchmarks.trackers import open_trackers
 from micro_training.metrics import region_iou
 from shapes import decode_cvat_rle
 
@@ -39,7 +39,7 @@ COLUMNS = [
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and write what is asked for."""
+    """Measure, print, and write the files that the options name."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_options(parser)
     parser.add_argument("--objects", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
@@ -50,29 +50,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         clip = make_clip(
             bench.folder / "clip", options.frames + 1, max(options.objects), tuple(options.size)
         )
-        contenders = open_contenders(
+        trackers = open_trackers(
             ("ours", "predictor", "loop"), bench.environment, bench.server, bench.folder, stack
         )
-        rows = [measure(contenders, clip, count, options.frames) for count in options.objects]
-        found = result("objects", options, bench.environment, rows)
-    report(found, options, COLUMNS, plot)
+        rows = [measure(trackers, clip, count, options.frames) for count in options.objects]
+        result = make_result("objects", options, bench.environment, rows)
+    report(result, options, COLUMNS, plot)
 
 
 def measure(
-    contenders: Mapping[str, Contender], clip: Clip, objects: int, frames: int, warm_up: int = 1
+    trackers: Mapping[str, TimedTracker], clip: Clip, objects: int, frames: int, warm_up: int = 1
 ) -> Row:
-    """Return the row of one number of objects.
+    """Measure one number of objects and return its row.
 
-    Bytes are per object and step; how many objects were found, and the mean IoU of our masks with
-    the others', tell of the last frame.
+    Bytes are per object and step. The number of objects found, and the mean IoU of our masks with
+    those of the others, are of the last frame.
     """
-    for contender in contenders.values():
-        contender.start(clip, objects)
-    steps = take_turns(contenders, frames=frames, warm_up=warm_up, name=f"{objects} objects")
+    for tracker in trackers.values():
+        tracker.start(clip, objects)
+    steps = step_alternately(trackers, frames=frames, warm_up=warm_up, name=f"{objects} objects")
     row: Row = {"objects": objects, **compare(steps)}
-    for who, prefix in (("ours", ""), ("loop", "loop_")):
-        row[f"{prefix}written_bytes"] = round(median(s.written / objects for s in steps[who]))
-        row[f"{prefix}read_bytes"] = round(median(s.read / objects for s in steps[who]))
+    for name, prefix in (("ours", ""), ("loop", "loop_")):
+        row[f"{prefix}written_bytes"] = round(median(s.written / objects for s in steps[name]))
+        row[f"{prefix}read_bytes"] = round(median(s.read / objects for s in steps[name]))
     masks = [
         np.zeros(clip.size_hw, np.bool_)
         if shape is None
@@ -80,18 +80,18 @@ def measure(
         for shape in steps["ours"][-1].answer
     ]
     row["found"] = sum(bool(mask.any()) for mask in masks)
-    for who in ("predictor", "loop"):
-        pairs = zip(masks, steps[who][-1].answer, strict=True)
-        row[f"iou_{who}"] = round(float(np.mean([region_iou(*pair) for pair in pairs])), 6)
+    for name in ("predictor", "loop"):
+        pairs = zip(masks, steps[name][-1].answer, strict=True)
+        row[f"iou_{name}"] = round(float(np.mean([region_iou(*pair) for pair in pairs])), 6)
     return row
 
 
-def plot(found: Row, path: Path) -> None:
-    """Draw times, ratios and the traffic with Redis."""
-    rows = found["rows"]
+def plot(result: Row, path: Path) -> None:
+    """Draw times and ratios over the number of objects."""
+    rows = result["rows"]
     draw(
         path,
-        title=f"Time per frame by objects, {found['model']['name']}",
+        title=f"Time per frame by objects, {result['model']['name']}",
         x_label="objects on the frame",
         x=[row["objects"] for row in rows],
         log_x=True,
@@ -114,7 +114,7 @@ def plot(found: Row, path: Path) -> None:
                 level=1,
             ),
         ],
-        caption=describe(found),
+        caption=describe(result),
     )
 
 

@@ -1,12 +1,12 @@
-"""What a request costs beside the network, part by part, and what it moves to and from Redis.
+"""Time of a request outside the network, part by part, and its bytes to and from Redis.
 
     python -m benchmarks.overhead --objects 1 8 16 --json FILE
 
-The function runs in a process of its own behind `local_server.py`'s HTTP, on a Redis server of its
-own; one client sends it 1080p frames, each another, and objects with full memory banks. All of it
-is real but the network: SAM 2's passes answer at once, with drawn masks and in the shapes of tiny
-at 1024 px. A part is timed inside the function and travels in HTTP's `Server-Timing`; what no part
-has is the row "HTTP and the rest". The client's own encoding of a request is not counted. CPU only.
+The function runs in a separate process behind `local_server.py`, with a Redis server. One client
+sends different 1080p frames and objects with full memory banks. Only the network is replaced: SAM
+2's passes return drawn masks at once, in the tensor shapes of tiny at 1024 px. The parts are timed
+inside the function and sent in HTTP's `Server-Timing` header; the remainder of a request is the row
+"HTTP and the rest". The client's own encoding of a request is not counted. CPU only.
 """
 
 from __future__ import annotations
@@ -38,47 +38,48 @@ import torch
 import uvicorn
 
 import local_server
-import main as door
+import main as entry_point
+import track_storage
 import tracker
 from benchmarks.clip import JPEG_QUALITY, draw_discs
-from benchmarks.contenders import Traffic
 from benchmarks.harness import describe_machine, machine, write_json
+from benchmarks.redis_traffic import RedisTraffic
 from model_handler import ModelHandler
 from model_loader import load_model
 from settings import Settings
 from shapes import SizeHW, encode_cvat_rle
 from state_store import RedisStateStore
-from testbed.functions import CONFIG
+from testbed.functions import CONFIG, without_settings
 from testbed.random_weights import write_checkpoint
 from testbed.redis_server import RedisServer, free_port
 from track_state import POINTER_REACH
 
 SIZE_HW: SizeHW = (1080, 1920)
-PICTURES = 8  # more than the function keeps encoded
-WARM_UP = POINTER_REACH + 1  # until every object's memory is full
+PICTURES = 8  # more than the function's feature cache holds
+WARM_UP = POINTER_REACH + 1  # requests until every object's memory bank is full
 
-# The rows of the table and whose time they hold; none calls another.
+# The rows of the table, and the functions whose time they add up; none calls another.
 PARTS: dict[str, list[tuple[object, str]]] = {
     "read the body": [(local_server, "_read_body")],
     "request JSON": [(local_server, "_event")],
-    "base64, checks": [(door, "parse_tracker_request")],
-    "image header": [(door, "read_image_size")],
+    "base64, checks": [(entry_point, "parse_tracker_request")],
+    "image header": [(entry_point, "read_image_size")],
     "content hash": [(hashlib, "blake2b")],
-    "decode": [(door, "decode_image")],
+    "decode": [(entry_point, "decode_image")],
     "resize, normalise": [(ModelHandler, "pixels")],
     "Redis read": [(RedisStateStore, "load_states"), (RedisStateStore, "load_memories")],
-    "state decode": [(tracker, "decode_state"), (tracker, "decode_memory")],
+    "state decode": [(track_storage, "decode_state"), (track_storage, "decode_memory")],
     "around the network": [(ModelHandler, "step")],
     "masks to full size": [(ModelHandler, "full_size_mask")],
     "shapes": [(tracker, "mask_to_shape"), (tracker, "mask_to_box")],
-    "state encode": [(tracker, "encode_state"), (tracker, "encode_memory")],
+    "state encode": [(track_storage, "encode_state"), (track_storage, "encode_memory")],
     "Redis write": [(RedisStateStore, "claim"), (RedisStateStore, "save")],
-    "answer JSON": [(door, "format_tracker_answer"), (door, "to_json")],
+    "answer JSON": [(entry_point, "format_tracker_answer"), (entry_point, "to_json")],
 }
 STATE_PARTS = ("Redis read", "state decode", "state encode", "Redis write")
 TOTAL, REST = "total", "HTTP and the rest"
 
-# What has to hold at 1080p: milliseconds and kilobytes.
+# Bars at 1080p, the largest values allowed: milliseconds and kilobytes.
 FIRST_OBJECT_MS, FURTHER_OBJECT_MS, STATE_MS = 45.0, 12.0, 5.0
 WRITTEN_KB, READ_KB = 550.0, 20.0
 
@@ -87,25 +88,25 @@ def serve(port: int, masks: torch.Tensor) -> None:
     """Serve the function without its network until killed.
 
     Args:
-        port: Where.
-        masks: What objects look like in turn, low_res_logits `(N, 1, 256, 256)`.
+        port: The TCP port.
+        masks: The objects' low_res_logits, taken in turn, `(N, 1, 256, 256)`.
     """
     spent_ms: dict[str, float] = defaultdict(float)
     _time_parts(spent_ms)
 
     def load_without_network(settings: Settings) -> ModelHandler:
         handler = load_model(settings)
-        _replace_network(handler._model, masks)  # noqa: SLF001  # the network has no other door
+        _replace_network(handler._model, masks)  # noqa: SLF001  # not public
         return handler
 
     mock.patch.object(tracker, "load_model", load_without_network).start()
-    answer = local_server._answer  # noqa: SLF001  # the last that is done with a request
+    answer = local_server._answer  # noqa: SLF001  # the last step of a request
 
     def timed_answer(response: Any) -> Any:  # noqa: ANN401  # Nuclio's
-        found = answer(response)
-        found.headers["Server-Timing"] = json.dumps(spent_ms)
+        http_response = answer(response)
+        http_response.headers["Server-Timing"] = json.dumps(spent_ms)
         spent_ms.clear()
-        return found
+        return http_response
 
     mock.patch.object(local_server, "_answer", timed_answer).start()
     with (
@@ -114,22 +115,22 @@ def serve(port: int, masks: torch.Tensor) -> None:
         ThreadPoolExecutor(1) as worker,
     ):
         context = local_server.create_context()
-        worker.submit(door.init_context, context).result()
-        app = local_server.create_app(context, door.handler, worker)
+        worker.submit(entry_point.init_context, context).result()
+        app = local_server.create_app(context, entry_point.handler, worker)
         uvicorn.run(app, port=port, log_level="warning")
 
 
 def _replace_network(model: Any, masks: torch.Tensor) -> None:  # noqa: ANN401  # SAM 2's
-    """Let a model answer at once, in the shapes and types of tiny at 1024 px."""
+    """Make a model answer at once, with the tensor shapes and types of tiny at 1024 px."""
     levels = [torch.rand(1, 32, 256, 256), torch.rand(1, 64, 128, 128), torch.rand(1, 256, 64, 64)]
     encoded = {"backbone_fpn": levels, "vision_pos_enc": [torch.rand(1, 256, 64, 64)]}
     memory = torch.randn(1, 64, 64, 64).to(torch.bfloat16)
     position = torch.rand(1, 64, 64, 64)
-    of_objects = itertools.cycle(list(masks[:, None]))
+    next_masks = itertools.cycle(list(masks[:, None]))
 
     def track_step(**_: object) -> dict[str, torch.Tensor]:
         return {
-            "pred_masks": next(of_objects),
+            "pred_masks": next(next_masks),
             "obj_ptr": torch.rand(1, 256),
             "object_score_logits": torch.ones(1, 1),
             "maskmem_features": memory,
@@ -142,8 +143,8 @@ def _replace_network(model: Any, masks: torch.Tensor) -> None:  # noqa: ANN401  
 
 def _time_parts(spent_ms: dict[str, float]) -> None:
     """Add the time spent in each of `PARTS` to `spent_ms`."""
-    for part, places in PARTS.items():
-        for owner, name in places:
+    for part, functions in PARTS.items():
+        for owner, name in functions:
             setattr(owner, name, _timed(getattr(owner, name), part, spent_ms))
 
 
@@ -154,7 +155,7 @@ def _timed(
         spent_ms[part] += (time.perf_counter() - begin) * 1000
 
     @functools.wraps(function)
-    def timed(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401  # anybody's
+    def timed(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401  # of any function
         begin = time.perf_counter()
         try:
             return function(*arguments, **options)
@@ -173,7 +174,7 @@ def _timed(
 
 
 def draw_logits(count: int) -> torch.Tensor:
-    """Draw low_res_logits `(count, 1, 256, 256)`: bent discs of 1 to 15 % of the frame."""
+    """Draw low_res_logits `(count, 1, 256, 256)`: uneven discs of 1 to 15 % of the frame."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:256, :256].astype(np.float32)
     masks = []
@@ -186,24 +187,24 @@ def draw_logits(count: int) -> torch.Tensor:
 
 
 class Client:
-    """Somebody who tracks objects through a function's frames.
+    """Sends tracking requests to a function and measures them.
 
     Args:
-        url: The function.
-        redis: Its store, to count what is moved.
+        url: The function's address.
+        redis: Its Redis server, to count bytes.
     """
 
     def __init__(self, url: str, redis: RedisServer) -> None:
         self._http = httpx.Client(timeout=600, base_url=url)
-        self._traffic = Traffic(redis)
+        self._traffic = RedisTraffic(redis)
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._http.close()
         self._traffic.close()
 
     def wait(self) -> None:
-        """Return when the function has started."""
+        """Wait until the function has started."""
         while True:
             try:
                 self._http.get("/healthz").raise_for_status()
@@ -215,16 +216,16 @@ class Client:
     def measure(
         self, pictures: Sequence[bytes], shapes: list[Any], frames: int
     ) -> dict[str, float]:
-        """Start objects and follow them; return medians in ms and kilobytes per request."""
+        """Start and track objects; return medians in ms, and kilobytes per request."""
         images = [base64.b64encode(picture).decode() for picture in pictures]
-        turn = itertools.cycle(images)
-        answer, _, _ = self._post(next(turn), shapes, [])
+        next_images = itertools.cycle(images)
+        answer, _, _ = self._post(next(next_images), shapes, [])
         times: dict[str, list[float]] = defaultdict(list)
         for index in range(WARM_UP + frames):
             if index == WARM_UP:
                 before = self._traffic.read()
-            again = [None] * len(shapes)
-            answer, ms, parts = self._post(next(turn), again, answer["states"])
+            no_shapes = [None] * len(shapes)
+            answer, ms, parts = self._post(next(next_images), no_shapes, answer["states"])
             if index >= WARM_UP:
                 for part in PARTS:
                     times[part].append(parts.get(part, 0.0))
@@ -247,11 +248,11 @@ class Client:
 
 
 def measure(counts: Sequence[int], frames: int) -> dict[str, dict[str, float]]:
-    """Start the function; return what `Client.measure` gives for each kind of request."""
+    """Start the function; return the results of `Client.measure` for each kind of request."""
     pictures, discs = draw_discs(PICTURES, max(counts), SIZE_HW)
     quality = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
-    jpegs = [cv2.imencode(".jpg", one, quality)[1].tobytes() for one in pictures]
-    pngs = [cv2.imencode(".png", one)[1].tobytes() for one in pictures]
+    jpegs = [cv2.imencode(".jpg", picture, quality)[1].tobytes() for picture in pictures]
+    pngs = [cv2.imencode(".png", picture)[1].tobytes() for picture in pictures]
     masks = [{"type": "mask", "points": encode_cvat_rle(disc)} for disc in discs]
     polygon = {"type": "polygon", "points": [600, 300, 1200, 300, 900, 800]}
     rectangle = {"type": "rectangle", "points": [600, 300, 1200, 800]}
@@ -261,12 +262,10 @@ def measure(counts: Sequence[int], frames: int) -> dict[str, dict[str, float]]:
         f"JPEG, rectangle x {most}": (jpegs, [rectangle] * most),
         "PNG, mask x 1": (pngs, masks[:1]),
     }
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ):
+    with tempfile.TemporaryDirectory() as folder:
         redis = RedisServer(Path(folder))
         port = free_port()
-        for name in [name for name in os.environ if name.startswith(("SAM2_", "CVAT_"))]:
-            del os.environ[name]
-        os.environ |= redis.environment | {
+        settings = redis.environment | {
             "SAM2_CONFIG": CONFIG,
             "SAM2_CHECKPOINT": str(write_checkpoint(CONFIG, Path(folder) / "tiny.pt")),
             "SAM2_DEVICE": "cpu",
@@ -274,7 +273,8 @@ def measure(counts: Sequence[int], frames: int) -> dict[str, dict[str, float]]:
         function = multiprocessing.get_context("spawn").Process(
             target=serve, args=(port, draw_logits(most)), daemon=True
         )
-        function.start()
+        with mock.patch.dict(os.environ, without_settings(os.environ) | settings, clear=True):
+            function.start()  # a spawned process inherits the environment
         try:
             with contextlib.closing(Client(f"http://127.0.0.1:{port}", redis)) as client:
                 client.wait()
@@ -283,18 +283,20 @@ def measure(counts: Sequence[int], frames: int) -> dict[str, dict[str, float]]:
                     f"{len(pngs[0]) / 1e6:.2f} MB as PNG; medians of {frames} requests",
                     flush=True,
                 )
-                return {name: client.measure(*asked, frames) for name, asked in requests.items()}
+                return {
+                    name: client.measure(*request, frames) for name, request in requests.items()
+                }
         finally:
             function.kill()
             function.join()
             redis.stop()
 
 
-def check(
-    found: dict[str, dict[str, float]], counts: Sequence[int]
+def compare_with_bars(
+    medians: dict[str, dict[str, float]], counts: Sequence[int]
 ) -> list[tuple[str, float, float]]:
-    """Return what has to hold: its name, what was measured, and the most it may be."""
-    least, most = (found[f"JPEG, mask x {count}"] for count in (min(counts), max(counts)))
+    """Return for each bar its name, the measured value, and the largest value allowed."""
+    least, most = (medians[f"JPEG, mask x {count}"] for count in (min(counts), max(counts)))
     further = max(counts) - min(counts)
     bars = [
         ("KB written per object", most["written KB"] / max(counts), WRITTEN_KB),
@@ -310,26 +312,26 @@ def check(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table, the bars and the machine."""
+    """Measure, print, and write the JSON file that the options name."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--objects", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--frames", type=int, default=20, help="requests to take a median of")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
     options = parser.parse_args(arguments)
 
     print("a request without its network, which answers at once with drawn masks")
-    found = measure(options.objects, options.frames)
+    medians = measure(options.objects, options.frames)
     rows = [*PARTS, REST, TOTAL, "written KB", "read KB"]
-    print(f"{'ms':20}" + "".join(f"{name:>22}" for name in found))
+    print(f"{'ms':20}" + "".join(f"{name:>22}" for name in medians))
     for row in rows:
-        print(f"{row:20}" + "".join(f"{times[row]:22.2f}" for times in found.values()))
-    bars = check(found, options.objects)
+        print(f"{row:20}" + "".join(f"{times[row]:22.2f}" for times in medians.values()))
+    bars = compare_with_bars(medians, options.objects)
     for name, value, most in bars:
         print(f"{name:24} {value:8.2f}, at most {most:g}: {'held' if value <= most else 'MISSED'}")
-    where = machine("cpu")
-    print(f"machine: {describe_machine(where)}")
+    info = machine("cpu")
+    print(f"machine: {describe_machine(info)}")
     if options.json:
-        write_json({"machine": where, "medians": found, "bars": bars}, options.json)
+        write_json({"machine": info, "medians": medians, "bars": bars}, options.json)
 
 
 if __name__ == "__main__":

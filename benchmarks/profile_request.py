@@ -1,10 +1,10 @@
-"""Where the time of one request goes: the network's operators and the function's own stages.
+"""Profile one request: time per stage of the function and per operator of the network.
 
     python -m benchmarks.profile_request --config sam2.1_hiera_t --random --device cpu --out FILE
 
-One 1080p frame with 1 and with 8 objects, full memory banks, the function's handler in this process
-and a Redis server beside it; with `SAM2_BIT_EXACT` on, which is SAM 2's own modules, and off, in
-turn.
+One 1080p frame with 1 and with 8 objects and full memory banks. The function's handler runs in this
+process, on a Redis server. `SAM2_BIT_EXACT` on (SAM 2's own modules) and off are measured
+alternately.
 """
 
 from __future__ import annotations
@@ -22,38 +22,39 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from benchmarks.clip import FIRST_NEW_FRAME, Clip, make_clip
-from benchmarks.contenders import fill_banks, last_report, open_store
+from benchmarks.comparison import median, median_stages
 from benchmarks.harness import (
     Bench,
     Row,
     add_common_options,
     describe,
+    make_result,
     report,
-    result,
     set_up,
     table,
 )
-from benchmarks.turns import median, median_stages
+from benchmarks.memory_banks import fill_memory_banks, open_store
+from benchmarks.trackers import last_report
 from shapes import encode_cvat_rle
 from testbed.drawn_frames import base64_text
 from testbed.functions import Function
 
-OPERATORS = 20
-SHOWN = 10
+OPERATORS = 20  # the costliest, in the result
+SHOWN = 10  # of these, on the screen
 COLUMNS = ["objects", "bit_exact", "ms", "over_bit_exact"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Profile, print, and write what is asked for."""
+    """Profile, print, and write the files that the options name."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_options(parser)
     parser.add_argument("--objects", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--frames", type=int, default=5, help="frames to time before the profile")
     parser.add_argument("--size", type=int, nargs=2, default=(1080, 1920), metavar=("H", "W"))
-    parser.add_argument("--out", type=Path, help="where to write the whole profiles, as text")
+    parser.add_argument("--out", type=Path, help="where to write the full profiles, as text")
     options = parser.parse_args(arguments)
     rows: list[Row] = []
-    profiles = []
+    full_profiles = []
     with set_up(options) as bench, ExitStack() as stack:
         clip = make_clip(
             bench.folder / "clip", options.frames + 2, max(options.objects), tuple(options.size)
@@ -75,37 +76,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 row: Row = {
                     "objects": objects,
                     "bit_exact": setting,
-                    "ms": median(sum(spent.values()) for spent in times),
+                    "ms": median(sum(stages.values()) for stages in times),
                     "stages_ms": median_stages(times),
                 }
-                operators, whole = worker.profile()
-                profiles.append(f"{heading(row)}\n{whole}")
+                operators, full_profile = worker.profile()
+                full_profiles.append(f"{heading(row)}\n{full_profile}")
                 rows.append(row | {"operators": operators})
             on, off = rows[-2:]
             off["over_bit_exact"] = round(off["ms"] / on["ms"], 4)
-        found = result("profile_request", options, bench.environment, rows)
-    report(found, options, COLUMNS)
+        result = make_result("profile_request", options, bench.environment, rows)
+    report(result, options, COLUMNS)
     for on, off in zip(rows[::2], rows[1::2], strict=True):
         print(f"\n{heading(on)}\n{heading(off)}\n{side_by_side(on, off)}")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("\n\n".join([describe(found), *profiles]) + "\n")
+        options.out.write_text("\n\n".join([describe(result), *full_profiles]) + "\n")
 
 
 def heading(row: Row) -> str:
-    """Return what was profiled and the stages of a request, in milliseconds."""
+    """Describe a profiled setting, with the milliseconds of a request's stages."""
     stages = ", ".join(f"{name} {ms:.1f}" for name, ms in row["stages_ms"].items())
     setting, count = f"SAM2_BIT_EXACT={row['bit_exact']}", row["objects"]
     return f"{setting}, objects: {count}; without profiler {row['ms']:.1f} ms ({stages})"
 
 
 def side_by_side(on: Row, off: Row) -> str:
-    """Return a table of the costliest operators, before and after, in milliseconds."""
-    before, after = ({one["name"]: one["self_ms"] for one in row["operators"]} for row in (on, off))
-    costs = {name: max(before.get(name, 0), after.get(name, 0)) for name in before | after}
+    """Return a table of the costliest operators in milliseconds, bit-exact on and off."""
+    on_ms, off_ms = ({op["name"]: op["self_ms"] for op in row["operators"]} for row in (on, off))
+    costs = {name: max(on_ms.get(name, 0), off_ms.get(name, 0)) for name in on_ms | off_ms}
     names = sorted(costs, key=lambda name: -costs[name])[:SHOWN]
     columns = ["operator", "on", "off"]
-    shown = [{"operator": n, "on": before.get(n), "off": after.get(n)} for n in names]
+    shown = [{"operator": n, "on": on_ms.get(n), "off": off_ms.get(n)} for n in names]
     return table(shown, columns)
 
 
@@ -114,8 +115,8 @@ class Worker:
 
     Args:
         bench: Model and Redis server.
-        settings: Further variables.
-        log: Of all workers, as all loggers of a process are one.
+        settings: Further settings.
+        log: Collects the log; all workers share one, as a process has only one logger.
     """
 
     def __init__(self, bench: Bench, settings: dict[str, str], log: io.StringIO) -> None:
@@ -126,17 +127,17 @@ class Worker:
         self._store = open_store(bench.server)
 
     def start(self, clip: Clip, objects: int) -> None:
-        """Begin objects on a clip's first frame, with full memory banks."""
+        """Start objects on a clip's first frame, with full memory banks."""
         self._frames = iter([base64_text(frame) for frame in clip.frames[FIRST_NEW_FRAME:]])
         shapes = [
             {"type": "mask", "points": encode_cvat_rle(mask)} for mask in clip.masks[:objects]
         ]
         answer = self._function.track(base64_text(clip.frames[0]), shapes, [])
-        self._states = fill_banks(self._store, answer["states"])
-        self.step()  # reads the memories
+        self._states = fill_memory_banks(self._store, answer["states"])
+        self.step()  # reads the memories from Redis, so that later steps find them in the cache
 
     def step(self) -> dict[str, float]:
-        """Find the objects on the next frame; return the stages' times in milliseconds."""
+        """Track the objects to the next frame; return the stages' times in milliseconds."""
         answer = self._function.track(next(self._frames), [None] * len(self._states), self._states)
         self._states = answer["states"]
         times: dict[str, Any] = last_report(self._log.getvalue())["times_ms"]
@@ -150,16 +151,16 @@ class Worker:
             self.step()
         averages = profiler.key_averages()
         operators = [
-            {"name": one.key, "calls": one.count, "self_ms": one.self_cpu_time_total / 1000}
-            for one in sorted(averages, key=lambda one: -one.self_cpu_time_total)[:OPERATORS]
+            {"name": event.key, "calls": event.count, "self_ms": event.self_cpu_time_total / 1000}
+            for event in sorted(averages, key=lambda event: -event.self_cpu_time_total)[:OPERATORS]
         ]
-        whole = averages.table(
+        full_profile = averages.table(
             sort_by="self_cpu_time_total", row_limit=OPERATORS, max_name_column_width=48
         )
-        return operators, str(whole)
+        return operators, str(full_profile)
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._store.close()
         self._function.context.user_data.service.store.close()
 

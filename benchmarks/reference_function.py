@@ -11,7 +11,7 @@ import cvat_sdk.auto_annotation as cvataa
 from cvat_sdk.masks import decode_mask, encode_mask
 from PIL import Image
 
-# cvat-cli loads this file by its path; the project's modules lie in the folder above.
+# cvat-cli loads this file by its path; the project's modules are in the folder above.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.references import LoopFrame, LoopObject, PerObjectLoop
@@ -20,7 +20,7 @@ from settings import Settings
 
 
 class ReferenceFunction:
-    """A tracking function of masks, in cvat-sdk's sense; model and device from the settings."""
+    """A cvat-sdk tracking function for masks; model and device come from the environment."""
 
     spec = cvataa.TrackingFunctionSpec(supported_shape_types=["mask"])
 
@@ -53,7 +53,7 @@ class ReferenceFunction:
         pp_image: LoopFrame,
         state: LoopObject,
     ) -> cvataa.TrackableShape | None:
-        """Find an object."""
+        """Track an object; None where it is not in the frame."""
         mask = self._loop.track(pp_image, state)
         return cvataa.TrackableShape(type="mask", points=encode_mask(mask)) if mask.any() else None
 

@@ -1,4 +1,4 @@
-"""Other ways to track with SAM 2, to measure against; each as small as its idea allows."""
+"""The usual way to track several objects with SAM 2, as a reference to measure against."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shapes import Mask, SizeHW
 
 @dataclass(frozen=True, eq=False)
 class LoopFrame:
-    """A frame as `PerObjectLoop` encodes it: its size and what `track_step` takes."""
+    """An encoded frame: its size, and the arguments of `track_step` that hold its features."""
 
     size_hw: SizeHW
     inputs: dict[str, Any]
@@ -27,7 +27,7 @@ class LoopFrame:
 
 @dataclass(eq=False)
 class LoopObject:
-    """What `PerObjectLoop` keeps of one object: whole outputs of its first and latest frames."""
+    """The state of one object: the whole outputs of its first and its latest frames."""
 
     step: int
     first: dict[str, Any]
@@ -35,11 +35,11 @@ class LoopObject:
 
 
 class PerObjectLoop:
-    """One object after another on a shared frame, with all that SAM 2 puts out kept in memory.
+    """Track one object after another on a frame that is encoded once.
 
-    How CVAT's own SAM 2 function for agents tracks (cvat-ai/cvat, ai-models/tracker/sam2): float32,
-    the first and the seven latest outputs with their position encodings and masks; images and
-    prompts are resized in other ways than by SAM 2's predictor, so its masks drift from SAM 2's.
+    CVAT's own SAM 2 function for agents tracks this way (cvat-ai/cvat, ai-models/tracker/sam2). It
+    keeps the first and the seven latest outputs in float32, with position encodings and masks. It
+    resizes images and prompts differently from SAM 2's predictor, so its masks drift from SAM 2's.
 
     Args:
         model: In evaluation mode, on its device.
@@ -65,7 +65,7 @@ class PerObjectLoop:
 
     @torch.inference_mode()
     def start(self, frame: LoopFrame, mask: Mask) -> LoopObject:
-        """Begin an object at a mask `(H, W)`."""
+        """Start an object from its mask `(H, W)`."""
         side = self._model.image_size
         prompt = torch.from_numpy(mask)[None, None].float()
         prompt = functional.interpolate(prompt, (side, side), mode="bilinear") >= 0.5
@@ -73,19 +73,19 @@ class PerObjectLoop:
         return LoopObject(0, self._step(frame, 0, mask_inputs=prompt, output_dict={}))
 
     @torch.inference_mode()
-    def track(self, frame: LoopFrame, one: LoopObject) -> Mask:
-        """Find an object on the next frame and return its mask `(H, W)`."""
-        one.step += 1
-        outputs = {"cond_frame_outputs": {0: one.first}, "non_cond_frame_outputs": one.latest}
-        out = self._step(frame, one.step, mask_inputs=None, output_dict=outputs)
-        one.latest[one.step] = out
-        while len(one.latest) > self._model.num_maskmem:
-            one.latest.popitem(last=False)
+    def track(self, frame: LoopFrame, obj: LoopObject) -> Mask:
+        """Track an object to the next frame and return its mask `(H, W)`."""
+        obj.step += 1
+        outputs = {"cond_frame_outputs": {0: obj.first}, "non_cond_frame_outputs": obj.latest}
+        out = self._step(frame, obj.step, mask_inputs=None, output_dict=outputs)
+        obj.latest[obj.step] = out
+        while len(obj.latest) > self._model.num_maskmem:
+            obj.latest.popitem(last=False)
         logits = functional.interpolate(
             out["pred_masks"], frame.size_hw, mode="bilinear", antialias=True
         )
-        found: Mask = (logits[0, 0] > 0).cpu().numpy()
-        return found
+        mask: Mask = (logits[0, 0] > 0).cpu().numpy()
+        return mask
 
     def _step(self, frame: LoopFrame, step: int, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401  # SAM 2's own
         out: dict[str, Any] = self._model.track_step(
@@ -96,17 +96,17 @@ class PerObjectLoop:
             **frame.inputs,
             **arguments,
         )
-        kept = ("maskmem_features", "maskmem_pos_enc", "pred_masks", "obj_ptr")
-        return {name: out[name] for name in kept}
+        names = ("maskmem_features", "maskmem_pos_enc", "pred_masks", "obj_ptr")
+        return {name: out[name] for name in names}
 
 
-def encode_object(one: LoopObject) -> bytes:
-    """Save an object whole, as one would to keep it between requests."""
+def encode_object(obj: LoopObject) -> bytes:
+    """Serialise an object's whole state, to store it between requests."""
     file = io.BytesIO()
-    torch.save({"step": one.step, "first": one.first, "latest": one.latest}, file)
+    torch.save({"step": obj.step, "first": obj.first, "latest": obj.latest}, file)
     return file.getvalue()
 
 
 def decode_object(data: bytes, device: torch.device) -> LoopObject:
-    """Load what `encode_object` saved."""
+    """Read the bytes of `encode_object`."""
     return LoopObject(**torch.load(io.BytesIO(data), map_location=device, weights_only=True))

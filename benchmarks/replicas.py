@@ -2,10 +2,10 @@
 
     python -m benchmarks.replicas --model-id micro --device cpu --image-size 128
 
-Each client follows an object of its own, one request after the other and each on the next replica:
-as behind a balancer that knows no tracks, so a replica mostly reads memories that others wrote.
-All replicas run all the time; what differs is how many are asked. Every replica computes with one
-thread, and the machine's cores, which also serve Redis and the clients, bound what is possible.
+Each client tracks one object, one request after the other, each on the next replica, as behind a
+round-robin load balancer: a replica mostly reads memories that others wrote. All replicas run all
+the time; the number of those that get requests varies. Each replica uses one thread. The machine's
+cores limit the rate, and they also serve Redis and the clients.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from statistics import fmean
 
 from tqdm import tqdm
 
-from benchmarks.clip import FIRST_NEW_FRAME, Clip, clients_own, make_clip
-from benchmarks.contenders import Function
+from benchmarks.clip import FIRST_NEW_FRAME, Clip, distinct_frames, make_clip
+from benchmarks.comparison import median
 from benchmarks.harness import (
     Panel,
     Row,
     add_common_options,
     describe,
     draw,
+    make_result,
     report,
-    result,
     set_up,
 )
-from benchmarks.turns import median
+from benchmarks.trackers import ServedFunction
 
-PICTURES = 20
+CLIP_FRAMES = 20
 THREADS = 1  # of each replica
 COLUMNS = ["replicas", "clients", "requests", "requests_per_s", "over_one_replica", "p50_ms",
            "p99_ms"]  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and write what is asked for."""
+    """Measure, print, and write the files that the options name."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_options(parser)
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 3, 4])
@@ -57,9 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     times: dict[tuple[int, int], list[float]] = {point: [] for point in points}
     with set_up(options) as bench, ExitStack() as stack:
         environment = bench.environment | {"OMP_NUM_THREADS": str(THREADS)}
-        clip = make_clip(bench.folder / "clip", PICTURES, max(options.clients), tuple(options.size))
+        clip = make_clip(
+            bench.folder / "clip", CLIP_FRAMES, max(options.clients), tuple(options.size)
+        )
         functions = [
-            stack.enter_context(closing(Function(environment, bench.server, bench.folder)))
+            stack.enter_context(closing(ServedFunction(environment, bench.server, bench.folder)))
             for _ in range(max(options.replicas))
         ]
         for function in functions:
@@ -67,78 +69,78 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with tqdm(total=options.rounds * len(points), unit="point", leave=False) as progress:
             for _ in range(options.rounds):
                 for count, clients in points:
-                    spent = run_clients(functions[:count], clip, clients, options.seconds)
-                    # a client asks again at once: its rate is one over its mean time
-                    rates[count, clients].append(sum(1000 / fmean(client) for client in spent))
-                    times[count, clients] += chain.from_iterable(spent)
+                    all_ms = run_clients(functions[:count], clip, clients, options.seconds)
+                    # A client sends its next request at once: its rate is one over its mean time.
+                    rates[count, clients].append(sum(1000 / fmean(ms) for ms in all_ms))
+                    times[count, clients] += chain.from_iterable(all_ms)
                     progress.update()
-        rows = [row(count, clients, rates, times) for count, clients in points]
-        found = result("replicas", options, bench.environment, rows)
-    found["machine"]["threads"] = THREADS
-    report(found, options, COLUMNS, plot)
+        rows = [make_row(count, clients, rates, times) for count, clients in points]
+        result = make_result("replicas", options, bench.environment, rows)
+    result["machine"]["threads"] = THREADS
+    report(result, options, COLUMNS, plot)
 
 
-def row(
+def make_row(
     count: int,
     clients: int,
     rates: dict[tuple[int, int], list[float]],
     times: dict[tuple[int, int], list[float]],
 ) -> Row:
-    """Return a point: the median rate of its rounds, and the times of all its requests."""
-    spent = sorted(times[count, clients])
+    """Return the row of one measured point: the median rate, and quantiles of the times."""
+    sorted_ms = sorted(times[count, clients])
     fewest = min(replicas for replicas, _ in rates)
     ratios = [a / b for a, b in zip(rates[count, clients], rates[fewest, clients], strict=True)]
     return {
         "replicas": count,
         "clients": clients,
-        "requests": len(spent),
+        "requests": len(sorted_ms),
         "requests_per_s": median(rates[count, clients]),
         "over_one_replica": median(ratios) if fewest == 1 else None,
-        "p50_ms": median(spent),
-        "p99_ms": round(spent[int(0.99 * (len(spent) - 1))], 2),
+        "p50_ms": median(sorted_ms),
+        "p99_ms": round(sorted_ms[int(0.99 * (len(sorted_ms) - 1))], 2),
     }
 
 
 def run_clients(
-    functions: Sequence[Function], clip: Clip, clients: int, seconds: float
+    functions: Sequence[ServedFunction], clip: Clip, clients: int, seconds: float
 ) -> list[list[float]]:
-    """Let clients follow their objects for a while; return the milliseconds of their requests."""
-    together = threading.Barrier(clients)
+    """Run concurrent clients; return the milliseconds of each client's requests."""
+    barrier = threading.Barrier(clients)
     with ThreadPoolExecutor(clients) as pool:
-        asked = [
-            pool.submit(follow, functions, clip, number, seconds, together)
+        running = [
+            pool.submit(follow, functions, clip, number, seconds, barrier)
             for number in range(clients)
         ]
-        return [client.result() for client in asked]
+        return [client.result() for client in running]
 
 
 def follow(
-    functions: Sequence[Function],
+    functions: Sequence[ServedFunction],
     clip: Clip,
     number: int,
     seconds: float,
-    together: threading.Barrier,
+    barrier: threading.Barrier,
 ) -> list[float]:
-    """Start one object, wait for the other clients, and follow it until the time is over."""
-    frames = clients_own(clip.frames[FIRST_NEW_FRAME:], number)
+    """Start one object, wait for the other clients, and track it until the time is over."""
+    frames = distinct_frames(clip.frames[FIRST_NEW_FRAME:], number)
     function = functions[number % len(functions)]
-    states = function.begin(clip.frames[0], [clip.masks[number]])
-    spent = []
-    place = number
-    together.wait()
+    states = function.start_objects(clip.frames[0], [clip.masks[number]])
+    times_ms = []
+    index = number
+    barrier.wait()
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        place += 1
-        function = functions[place % len(functions)]
-        ms, answer = function.post(frames[place % len(frames)], [None], states)
+        index += 1
+        function = functions[index % len(functions)]
+        ms, answer = function.post(frames[index % len(frames)], [None], states)
         states = answer["states"]
-        spent.append(ms)
-    return spent
+        times_ms.append(ms)
+    return times_ms
 
 
-def plot(found: Row, path: Path) -> None:
-    """Draw rate and waiting over the replicas, a curve per number of clients."""
-    rows = found["rows"]
+def plot(result: Row, path: Path) -> None:
+    """Draw rate and answer times over the replicas, a curve per number of clients."""
+    rows = result["rows"]
     counts, clients = ([*dict.fromkeys(row[name] for row in rows)] for name in COLUMNS[:2])
 
     def curves(value: str) -> dict[str, list[float | None]]:
@@ -147,7 +149,7 @@ def plot(found: Row, path: Path) -> None:
 
     draw(
         path,
-        title=f"Replicas on one Redis, {found['model']['name']}, one object per client",
+        title=f"Replicas on one Redis, {result['model']['name']}, one object per client",
         x_label="replicas, one thread each",
         x=counts,
         panels=[
@@ -155,7 +157,7 @@ def plot(found: Row, path: Path) -> None:
             Panel("p50, ms", curves("p50_ms")),
             Panel("p99, ms", curves("p99_ms")),
         ],
-        caption=f"{describe(found)}. More replicas than cores cannot be faster",
+        caption=f"{describe(result)}. More replicas than cores cannot be faster",
     )
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.sizes --model-id micro --device cpu
 
-The model's input keeps its size: what grows is decoding, resizing, and masks at full size.
+The model's input keeps its size; decoding, resizing and masks at full size take longer.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.clip import make_clip
-from benchmarks.contenders import open_contenders
+from benchmarks.comparison import compare, median, step_alternately
 from benchmarks.harness import (
     Panel,
     Row,
     add_common_options,
     describe,
     draw,
+    make_result,
     report,
-    result,
     set_up,
 )
-from benchmarks.turns import compare, median, take_turns
+from benchmarks.trackers import open_trackers
 
 SIZES_HW = {"480p": (480, 854), "720p": (720, 1280), "1080p": (1080, 1920), "4K": (2160, 3840)}
 COLUMNS = ["size", "objects", "ours_ms", "predictor_ms", "ours_over_predictor", "not_network_ms",
@@ -32,7 +32,7 @@ COLUMNS = ["size", "objects", "ours_ms", "predictor_ms", "ours_over_predictor", 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and write what is asked for."""
+    """Measure, print, and write the files that the options name."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_options(parser)
     parser.add_argument("--sizes", nargs="+", choices=SIZES_HW, default=list(SIZES_HW))
@@ -41,16 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     rows: list[Row] = []
     with set_up(options) as bench, ExitStack() as stack:
-        contenders = open_contenders(
+        trackers = open_trackers(
             ("ours", "predictor"), bench.environment, bench.server, bench.folder, stack
         )
         for size in options.sizes:
             clip = make_clip(
                 bench.folder / size, options.frames + 1, options.objects, SIZES_HW[size]
             )
-            for contender in contenders.values():
-                contender.start(clip, options.objects)
-            steps = take_turns(contenders, frames=options.frames, name=size)
+            for tracker in trackers.values():
+                tracker.start(clip, options.objects)
+            steps = step_alternately(trackers, frames=options.frames, name=size)
             rows.append(
                 {
                     "size": size,
@@ -61,17 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     **compare(steps),
                 }
             )
-        found = result("sizes", options, bench.environment, rows)
-    report(found, options, COLUMNS, plot)
+        result = make_result("sizes", options, bench.environment, rows)
+    report(result, options, COLUMNS, plot)
 
 
-def plot(found: Row, path: Path) -> None:
-    """Draw times over the pixels of a frame."""
-    rows = found["rows"]
+def plot(result: Row, path: Path) -> None:
+    """Draw times over the number of pixels of a frame."""
+    rows = result["rows"]
     draw(
         path,
-        title=f"Time per frame by frame size, {found['model']['name']}",
-        x_label=f"frame size; objects on the frame: {found['options']['objects']}",
+        title=f"Time per frame by frame size, {result['model']['name']}",
+        x_label=f"frame size; objects on the frame: {result['options']['objects']}",
         x=[row["pixels"] for row in rows],
         ticks={row["pixels"]: row["size"] for row in rows},
         log_x=True,
@@ -90,7 +90,7 @@ def plot(found: Row, path: Path) -> None:
                 level=1,
             ),
         ],
-        caption=describe(found),
+        caption=describe(result),
     )
 
 

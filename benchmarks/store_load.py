@@ -1,9 +1,9 @@
-"""What one object at 1024 pixels asks of Redis per step: bytes, commands, memory, the server's CPU.
+"""Redis's load from one object at 1024 pixels per step: bytes, commands, memory and CPU time.
 
     python -m benchmarks.store_load
 
-The tracker is the real one, with its cache and its keys, on a Redis server started for this; only
-the network is left out (`NoNetwork`). Prints the JSON that is `store` in `benchmarks/scaling.json`.
+The tracker is the real one, with its cache and its keys, on its own Redis server; only the network
+is replaced (`NoNetwork`). Prints the JSON that is `store` in `benchmarks/scaling.json`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from track_state import TrackState
 from tracker import Frame, Report, TrackedObject, Tracker
 
 MEMORY_SHAPE_1024 = (64, 64, 64)
-WARM_STEPS = 20  # until memories, pointers and superseded steps are all there
+WARM_STEPS = 20  # until memories, object pointers and superseded steps are complete
 SIZE_HW = (180, 320)
 CACHE_BYTES = 1 << 30
 
 
 class NoNetwork:
-    """Stands in for `ModelHandler` where only what is stored matters; every object stands still.
+    """Replaces `ModelHandler` where only the stored state matters; no object moves.
 
     Args:
-        memory_shape: Of one frame's memory features.
+        memory_shape: Shape of one frame's memory features, `(C, H, W)`.
     """
 
     fingerprint = "0" * 32
@@ -54,11 +54,11 @@ class NoNetwork:
     def encode_frame(
         self, _key: str, _size_hw: SizeHW, _pixels: Callable[[], torch.Tensor]
     ) -> FrameFeatures:
-        """Return nothing to see."""
+        """Return empty features."""
         return FrameFeatures(SIZE_HW, (), torch.empty(0))
 
     def start_from_box(self, _frame: FrameFeatures, _box: Box) -> ObjectOutput:
-        """Return a new memory, as any frame does."""
+        """Return an output with new memory features."""
         memory = torch.ones(self.memory_shape, dtype=torch.bfloat16)
         return ObjectOutput(torch.empty(0), 1.0, torch.ones(self.obj_ptr_size), memory)
 
@@ -67,13 +67,13 @@ class NoNetwork:
         frame: FrameFeatures,
         states: Sequence[TrackState],
         _memories: Mapping[str, torch.Tensor],
-        _before_batch: Callable[[], None],
+        *_callbacks: Callable[[], None],
     ) -> list[ObjectOutput]:
-        """Return a new memory for each object."""
+        """Return an output with new memory features for each object."""
         return [self.start_from_box(frame, (0, 0, 1, 1)) for _ in states]
 
     def full_size_mask(self, _frame: FrameFeatures, _output: ObjectOutput) -> Mask:
-        """Return the same mask always."""
+        """Return always the same mask."""
         return self._mask
 
 
@@ -96,15 +96,15 @@ def make_tracker(
 
 
 def start(tracker: Tracker, objects: int) -> list[TrackedObject]:
-    """Start objects."""
+    """Start `objects` equal objects."""
     box = Shape(ShapeType.RECTANGLE, [220, 40, 270, 100])
     return tracker.run(_frame(), [Start(box)] * objects)
 
 
-def step(tracker: Tracker, found: Sequence[TrackedObject]) -> tuple[list[TrackedObject], Report]:
-    """Continue objects; the report says what was read and written."""
+def step(tracker: Tracker, objects: Sequence[TrackedObject]) -> tuple[list[TrackedObject], Report]:
+    """Track objects to the next frame; the report counts the bytes read and written."""
     report = Report()
-    return tracker.run(_frame(), [Continue(one.token) for one in found], report), report
+    return tracker.run(_frame(), [Continue(obj.token) for obj in objects], report), report
 
 
 def _frame() -> Frame:
@@ -112,30 +112,30 @@ def _frame() -> Frame:
 
 
 def measure(server: RedisServer, *, steps: int = 200) -> dict[str, float]:
-    """Follow one object and look at what the server saw.
+    """Track one object and read the server's statistics.
 
     Args:
-        server: One that nobody else uses.
-        steps: So many with a warm cache, and so many without any, to count the server's CPU time.
+        server: A server without other clients.
+        steps: Number of steps with a warm cache, and as many without a cache.
 
     Returns:
         Bytes of values written and read, commands, memory in Redis as `MEMORY USAGE` counts it (in
-        bytes), and CPU time, each for one object and step. `memory_frame` and `memory_step` are one
-        key's; `memory_active` is a track's while it is followed, `memory_idle` after the retry
-        window, `memory_started` of one never continued.
+        bytes), and CPU time, each for one object and step. `memory_frame` and `memory_step` are of
+        one key; `memory_active` is of a track in use, `memory_idle` of a track after the retry
+        window, `memory_started` of a track that was never continued.
     """
     window_s = 2
     with server.client() as client:
         replica = make_tracker(client, retry_window_s=window_s)
         cold_replica = make_tracker(client, retry_window_s=window_s, cache_bytes=0)
-        found = start(replica, 1)
+        objects = start(replica, 1)
         figures: dict[str, float] = {"memory_started": _memory(client)}
         for _ in range(WARM_STEPS):
-            found, _report = step(replica, found)
+            objects, _report = step(replica, objects)
         for name, tracker in (("warm", replica), ("cold", cold_replica)):
             commands, cpu_s = _commands(client), _cpu_s(client)
             for _ in range(steps):
-                found, report = step(tracker, found)
+                objects, report = step(tracker, objects)
             figures[f"cpu_ms_{name}"] = round((_cpu_s(client) - cpu_s) * 1000 / steps, 3)
             figures[f"commands_{name}"] = (_commands(client) - commands) / steps
             figures[f"read_{name}"] = report.bytes_read
@@ -156,10 +156,10 @@ def _memory(client: redis.Redis) -> int:
 
 
 def _commands(client: redis.Redis) -> int:
-    """Count what the tracker sent: all calls but those that look."""
+    """Count the tracker's commands: all calls but those of the measurement."""
     stats = client.info("commandstats")
-    looks = ("info", "memory", "scan")
-    names = [name for name in stats if not name.removeprefix("cmdstat_").startswith(looks)]
+    own_commands = ("info", "memory", "scan")
+    names = [name for name in stats if not name.removeprefix("cmdstat_").startswith(own_commands)]
     return sum(int(stats[name]["calls"]) for name in names)
 
 

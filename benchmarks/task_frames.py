@@ -2,13 +2,13 @@
 
     python -m benchmarks.task_frames --model-id micro --device cpu
 
-Both follow the same polygon through the same clip on a stand-in for CVAT's server, in turn, with
-the same client: once one that answers at once (model excluded), once SAM 2 (model included). One
-call per frame is what CVAT does when it tracks through a function: the server makes a PNG of the
-frame, and base64 in JSON takes it to the function, which decodes it. Left out there, though CVAT
-does it too: finding the frame inside its chunk, the browser, writing the result. So the real gap is
-wider. `track_task.py` is measured whole, with reading the task, decoding and writing; the ratio is
-its time divided by that of the calls.
+Both track the same polygon through the same clip on a test server that speaks CVAT's API,
+alternately, with the same tracking client: once a client that answers at once (model excluded),
+once SAM 2 (model included). CVAT makes one call per frame when it tracks through a function: the
+server encodes the frame as PNG and sends it as base64 in JSON, and the function decodes it. The
+measured calls leave out what else CVAT does: finding the frame inside its chunk, the browser,
+writing the result. So the real difference is larger. `track_task.py` is measured completely, with
+reading the task, decoding and writing; the ratio is its time divided by that of the calls.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from benchmarks.harness import add_common_options, model_environment, report, result
-from benchmarks.turns import median
+from benchmarks.comparison import median
+from benchmarks.harness import add_common_options, make_result, model_environment, report
 from clips.reader import open_clip
 from clips.tracking_client import TrackingClient, open_tracking_client
 from cvat_task.connection import CvatConnection
@@ -48,18 +48,18 @@ from testbed.cvat_server import TOKEN, CvatServer, Picture, Task, encode_video
 from tracker import TrackedObject
 
 JOB = 6
-CHUNK_FRAMES = 36  # what CVAT chooses for 720p
+CHUNK_FRAMES = 36  # CVAT's choice for 720p
 COLUMNS = ["model", "ours_ms", "calls_ms", "ours_over_calls"]
 
 
 class NoModel:
-    """Answers every object where it began."""
+    """A tracking client that returns every object's first shape."""
 
     def __init__(self) -> None:
-        self._began: dict[StateToken, Start] = {}
+        self._starts: dict[StateToken, Start] = {}
 
     def close(self) -> None:
-        """Hold nothing."""
+        """Do nothing."""
 
     def track(self, frame: Image.Image, items: Sequence[Start | Continue]) -> list[TrackedObject]:
         """See `TrackingClient.track`."""
@@ -67,25 +67,25 @@ class NoModel:
         answers = []
         for item in items:
             token = StateToken(new_id(), new_id())
-            start = item if isinstance(item, Start) else self._began[item.token]
-            self._began[token] = start
+            start = item if isinstance(item, Start) else self._starts[item.token]
+            self._starts[token] = start
             answers.append(TrackedObject(token, start.shape, lost=False))
         return answers
 
 
 def make_clip(count: int, size_hw: tuple[int, int]) -> tuple[list[Picture], list[bytes]]:
-    """Return frames of a disc that drifts over a grainy ground, and the chunks they are read from.
+    """Return frames of a disc that drifts over a grainy background, and the chunks that hold them.
 
     Chunks are MPEG-4, which takes about as long to decode as CVAT's H.264.
     """
     height, width = size_hw
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 255, (18, 32, 3), dtype=np.uint8)
-    ground = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.int16)
+    background = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.int16)
     frames = []
     for index in range(count):
         grain = rng.normal(0, 2, (height, width, 1)).astype(np.int16)
-        frame = np.clip(ground + grain, 0, 255).astype(np.uint8)
+        frame = np.clip(background + grain, 0, 255).astype(np.uint8)
         cv2.circle(frame, (width // 3 + 2 * index, height // 2), height // 6, (40, 200, 230), -1)
         frames.append(frame)
     chunks = [
@@ -102,7 +102,7 @@ def make_clip(count: int, size_hw: tuple[int, int]) -> tuple[list[Picture], list
 
 
 def polygon(size_hw: tuple[int, int]) -> list[float]:
-    """Return the disc on frame 0."""
+    """Return the disc's outline on frame 0."""
     height, width = size_hw
     angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     ring = np.stack([np.cos(angles), np.sin(angles)], axis=1) * (height / 6)
@@ -111,7 +111,7 @@ def polygon(size_hw: tuple[int, int]) -> list[float]:
 
 
 def by_the_chunk(server: CvatServer, client: TrackingClient, points: list[float]) -> float:
-    """Return seconds for the whole clip through `track_task.py`, with planning and writing."""
+    """Track the clip as `track_task.py` does; return the seconds, with planning and writing."""
     server.data[JOB] = {"version": 0, "tags": [], "shapes": [], "tracks": []}
     server.add(JOB, "shapes", type="polygon", frame=0, points=points, label_id=JOB)
     options = argparse.Namespace(server_host=server.url)  # as the command line gives it
@@ -126,7 +126,7 @@ def by_the_chunk(server: CvatServer, client: TrackingClient, points: list[float]
 def frame_by_frame(
     server: CvatServer, client: TrackingClient, points: list[float], count: int
 ) -> float:
-    """Return seconds for the whole clip with a PNG and a call per frame."""
+    """Track the clip with a PNG and a call per frame; return the seconds."""
 
     class Function(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -135,9 +135,9 @@ def frame_by_frame(
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             request = parse_tracker_request(body, Limits())
-            found = client.track(decode_image(request.image, Limits()), request.items)
+            objects = client.track(decode_image(request.image, Limits()), request.items)
             answer = format_tracker_answer(
-                request, [(one.token, one.shape, one.lost) for one in found]
+                request, [(obj.token, obj.shape, obj.lost) for obj in objects]
             )
             data = json.dumps(answer).encode()
             self.send_response(200)
@@ -146,7 +146,7 @@ def frame_by_frame(
             self.wfile.write(data)
 
         def log_message(self, *_: object) -> None:
-            """Stay quiet."""
+            """Do not log."""
 
     function = HTTPServer(("127.0.0.1", 0), Function)
     thread = Thread(target=function.serve_forever, args=(0.02,))
@@ -171,7 +171,7 @@ def frame_by_frame(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and write what is asked for."""
+    """Measure, print, and write the files that the options name."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_options(parser)
     parser.add_argument("--frames", type=int, default=72)
@@ -194,17 +194,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "included": lambda: open_tracking_client(None, environment),
         }
         server.chunks |= {(JOB, index): chunk for index, chunk in enumerate(chunks)}
-        for name, make in clients.items():
+        for name, open_client in clients.items():
             all_ms: dict[str, list[float]] = {"ours": [], "calls": []}
-            with closing(make()) as client:
-                by_the_chunk(server, client, points)  # caches are warm
+            with closing(open_client()) as client:
+                by_the_chunk(server, client, points)  # warms caches
                 for _ in range(options.rounds):
                     seconds = (
                         by_the_chunk(server, client, points),
                         frame_by_frame(server, client, points, options.frames),
                     )
-                    for times, whole in zip(all_ms.values(), seconds, strict=True):
-                        times.append(round(whole * 1000 / options.frames, 2))
+                    for times, clip_s in zip(all_ms.values(), seconds, strict=True):
+                        times.append(round(clip_s * 1000 / options.frames, 2))
             ours_ms, calls_ms = (median(times) for times in all_ms.values())
             rows.append({
                 "model": name,
@@ -213,8 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "ours_over_calls": round(ours_ms / calls_ms, 4),
                 "all_ms": all_ms,
             })  # fmt: skip
-        found = result("task_frames", options, environment, rows)
-    report(found, options, COLUMNS)
+        result = make_result("task_frames", options, environment, rows)
+    report(result, options, COLUMNS)
 
 
 if __name__ == "__main__":

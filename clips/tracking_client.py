@@ -82,7 +82,7 @@ class LocalTrackingClient:
 
     def track(self, frame: Image.Image, items: Sequence[Start | Continue]) -> list[TrackedObject]:
         """See `TrackingClient.track`."""
-        return self._tracker.run(Frame.at_hand(frame), items, keep_masks=True)
+        return self._tracker.run(Frame.from_image(frame), items, keep_masks=True)
 
 
 class RemoteTrackingClient:

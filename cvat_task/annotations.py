@@ -6,7 +6,6 @@ nothing about servers, models or pixels.
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -51,8 +50,8 @@ def build_track(
         touched.append(one.start["frame"])
     first, last = min(touched), max(touched)
     kept = [key for key in one.keyframes if not first <= key["frame"] <= last]
-    made = [_found_keyframe(one, found) for found in _thin_out(one, every)]
-    keyframes = ascending([*kept, *([one.start] if one.start else []), *made])
+    made = [_found_keyframe(one, found) for found in _thin_out(one, every, sorted(touched))]
+    keyframes = ascending([*kept, *_start_keyframe(one), *made])
     keyframes = [{**key, "attributes": list(key["attributes"])} for key in keyframes]
     while keyframes and keyframes[0]["outside"]:  # a track begins where the object is seen
         del keyframes[0]
@@ -88,9 +87,27 @@ def build_track(
     }
 
 
-def _thin_out(one: Followed, every: int) -> list[Found]:
+def _start_keyframe(one: Followed) -> list[Json]:
+    """Return the keyframe that tracking began with, if any.
+
+    Between two keyframes it is interpolated and lists no attributes, as in CVAT's UI: a listed
+    attribute would no longer follow a later change of an earlier keyframe.
+    """
+    if one.start is None:
+        return []
+    frame = one.start["frame"]
+    existing = next((key for key in one.keyframes if key["frame"] == frame), None)
+    return [existing or one.start | {"attributes": []}]
+
+
+def _thin_out(one: Followed, every: int, touched: Sequence[int]) -> list[Found]:
     kept = []
     start_seen = one.start is not None and not one.start["outside"]
+    changed = {
+        next((frame for frame in touched if frame >= change), None)
+        for change in _change_frames(one.keyframes)
+        if change >= touched[0]
+    }
     for index, found in enumerate(one.found):
         before = one.found[index - 1].visible if index else start_seen
         after = one.found[min(index + 1, len(one.found) - 1)].visible
@@ -98,24 +115,29 @@ def _thin_out(one: Followed, every: int) -> list[Found]:
             (index + 1) % every == 0
             or index == len(one.found) - 1
             or not before == found.visible == after
-            or _changes_at(one.keyframes, found.frame)
+            or found.frame in changed
         ):
             kept.append(found)
     return kept
 
 
-def _changes_at(keyframes: Sequence[Json], frame: int) -> bool:
-    """Tell whether a keyframe changes more than the place."""
-    for before, key in itertools.pairwise(keyframes):
-        if key["frame"] == frame:
-            values = {
-                attribute["spec_id"]: attribute["value"] for attribute in before["attributes"]
-            }
-            return any(before[name] != key[name] for name in ("occluded", "z_order")) or any(
-                values.get(attribute["spec_id"]) != attribute["value"]
-                for attribute in key["attributes"]
-            )
-    return False
+def _change_frames(keyframes: Sequence[Json]) -> list[int]:
+    """Return the frames where an attribute, `occluded` or `z_order` changes.
+
+    A listed attribute changes if its value differs from the value in force, the last listed before.
+    """
+    frames = []
+    in_force: dict[int, str] = {}
+    for index, key in enumerate(keyframes):
+        values = {attribute["spec_id"]: attribute["value"] for attribute in key["attributes"]}
+        before = keyframes[index - 1]
+        if index > 0 and (
+            not values.items() <= in_force.items()
+            or any(before[name] != key[name] for name in ("occluded", "z_order"))
+        ):
+            frames.append(key["frame"])
+        in_force |= values
+    return frames
 
 
 def _found_keyframe(one: Followed, found: Found) -> Json:

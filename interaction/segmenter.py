@@ -18,7 +18,8 @@ from sam2.sam2_video_predictor import SAM2VideoPredictor
 from torch.nn import functional
 
 from interaction.protocol import Prompt
-from model_handler import IMAGE_MEAN, IMAGE_STD, inference, small_regions
+from mask_regions import small_regions
+from model_handler import IMAGE_MEAN, IMAGE_STD, inference
 from settings import Settings
 from shapes import Mask, SizeHW
 

@@ -1,1 +1,1 @@
-"""How the bundled `micro` weights are made: synthetic clips, training, and measurement."""
+"""Make the bundled `micro` weights: synthetic clips, training, and evaluation."""

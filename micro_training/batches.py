@@ -1,4 +1,4 @@
-"""Training batches, drawn without end: clips with the objects to follow in them."""
+"""Draw training batches: synthetic clips and the objects to track in them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from micro_training.clips import TRAINING_SEEDS, Clip, Script, make_clip
 
-# an object smaller than this share of the first frame is no fair prompt
+# Objects that cover a smaller share of the first frame are not prompted.
 _MIN_START_SHARE = 0.0025
 _RENDER_SIZES_HW = ((288, 512), (216, 384), (360, 640), (320, 320), (300, 400))
 
@@ -20,7 +20,7 @@ class Batch:
     """Clips with their objects.
 
     `frames` is `(C, T, S, S, 3)` uint8 RGB, `masks` is `(C * O, T, S, S)` bool, the visible part of
-    each object; the objects of one clip are neighbours.
+    each object; the objects of a clip are consecutive.
     """
 
     frames: Tensor
@@ -29,22 +29,22 @@ class Batch:
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run: its share of the steps, and the length and number of clips in a batch.
+    """A part of a training run: its share of the steps, and the length and number of clips.
 
-    `aged` is how many frames after the first are followed without learning from them, so that the
-    later ones learn to go on from an old memory at little cost. `mask_prompts` is the share of
-    batches prompted by masks; the rest get boxes or clicks.
+    `burn_in` is the number of frames after the first that are tracked without gradients, so that
+    later frames learn from an old memory at little cost. `mask_prompts` is the share of batches
+    prompted by masks; the others are prompted by boxes or clicks.
     """
 
     share: float
     frames: int
-    aged: int
+    burn_in: int
     clips: int
     mask_prompts: float
 
 
 def find_phase(phases: tuple[Phase, ...], progress: float) -> Phase:
-    """Return the phase at a share of the run, 0..1."""
+    """Return the phase at a share of the run's steps, 0..1."""
     for phase in phases:
         progress -= phase.share
         if progress < 0:
@@ -53,7 +53,7 @@ def find_phase(phases: tuple[Phase, ...], progress: float) -> Phase:
 
 
 class BatchStream(IterableDataset[Batch]):
-    """Batches from number `first` on; the number alone decides what is in one."""
+    """Batches from number `first` on; a batch depends only on its number and the rank."""
 
     def __init__(
         self,
@@ -65,15 +65,15 @@ class BatchStream(IterableDataset[Batch]):
         image_size: int,
         rank: int = 0,
     ) -> None:
-        """Set up a stream.
+        """Create a stream.
 
         Args:
             first: Number of the first batch (to resume).
             steps: Number of batches in the whole run.
             phases: The parts of the run, in order; their shares sum to 1.
-            objects: Objects to follow in each clip, O.
+            objects: Objects to track in each clip, O.
             image_size: Side of the frames in pixels, S.
-            rank: Which of the processes that train together this is; each draws its own batches.
+            rank: Index of this process in distributed training; each draws its own batches.
         """
         self._rank = rank
         self._first = first
@@ -96,10 +96,10 @@ class BatchStream(IterableDataset[Batch]):
         phase = find_phase(self._phases, number / self._steps)
         while len(frames) < phase.clips:
             clip = self._draw_clip(rng, phase.frames)
-            chosen = _choose_bodies(clip, self._objects, rng)
-            if chosen is not None:
+            bodies = _choose_bodies(clip, self._objects, rng)
+            if bodies is not None:
                 frames.append(torch.from_numpy(clip.frames))
-                masks += [torch.from_numpy(clip.labels == body + 1) for body in chosen]
+                masks += [torch.from_numpy(clip.labels == body + 1) for body in bodies]
         return Batch(torch.stack(frames), torch.stack(masks))
 
     def _draw_clip(self, rng: np.random.Generator, frames: int) -> Clip:
@@ -114,12 +114,12 @@ class BatchStream(IterableDataset[Batch]):
         )
         if rng.random() < 0.5:
             return clip
-        # a copy: torch takes no negative strides
+        # A copy, because torch accepts no negative strides.
         return Clip(clip.frames[::-1].copy(), clip.labels[::-1].copy(), clip.roles, clip.target)
 
 
 def _choose_bodies(clip: Clip, count: int, rng: np.random.Generator) -> list[int] | None:
-    """Choose bodies visible in the first frame, the target of the event and its twins first."""
+    """Choose visible bodies of the first frame: target, then look-alikes, then others."""
     areas = np.bincount(clip.labels[0].ravel(), minlength=len(clip.roles) + 1)[1:]
     visible = [
         body
@@ -128,12 +128,12 @@ def _choose_bodies(clip: Clip, count: int, rng: np.random.Generator) -> list[int
     ]
     if len(visible) < count:
         return None
-    first = [body for body in visible if body == clip.target]
-    twins = [body for body in visible if clip.roles[body] == "lookalike"]
-    rest = [body for body in visible if body not in first and body not in twins]
-    return [int(body) for body in (first + twins + rest)[:count]]
+    target = [body for body in visible if body == clip.target]
+    lookalikes = [body for body in visible if clip.roles[body] == "lookalike"]
+    others = [body for body in visible if body not in target and body not in lookalikes]
+    return [int(body) for body in (target + lookalikes + others)[:count]]
 
 
 def load_batches(stream: BatchStream, workers: int) -> DataLoader[Batch]:
-    """Run a stream in worker processes."""
+    """Load the batches of a stream in worker processes."""
     return DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=2)

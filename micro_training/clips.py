@@ -1,4 +1,4 @@
-"""Synthetic clips with ground truth, by seed: other seeds train, measure and show the demo."""
+"""Make synthetic clips with ground truth from seeds; training, evaluation and demo share none."""
 
 from dataclasses import dataclass
 
@@ -18,11 +18,11 @@ _EVENTS: tuple[Event, ...] = ("none", "eclipse", "pillar")
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """A clip and its truth.
+    """A clip and its ground truth.
 
-    `frames` is `(T, H, W, 3)` uint8 RGB; `labels` is `(T, H, W)` uint8, i + 1 where body i is in
-    front and 0 for background; `roles` has one entry per body; `target` is the body that the event
-    hides.
+    `frames` is `(T, H, W, 3)` uint8 RGB; `labels` is `(T, H, W)` uint8, i + 1 where body i is
+    visible and 0 for background; `roles` has one entry per body; `target` is the body that the
+    event hides.
     """
 
     frames: npt.NDArray[np.uint8]
@@ -38,11 +38,11 @@ class Clip:
 
 @dataclass(frozen=True)
 class Script:
-    """What a clip must show; None leaves it to the seed.
+    """The contents of a clip; None lets the seed decide.
 
-    `event` is what hides the target, for `hidden` frames of the clip (bounds; roughly);
-    `lookalike` is whether a distractor looks like the target; `objects` counts the target but
-    neither occluder nor distractor.
+    `event` hides the target for about `hidden` frames of the clip (lower and upper bound);
+    `lookalike` is whether a distractor looks like the target; `objects` is the number of objects
+    with the target, without occluder and distractor.
     """
 
     event: Event | None = None
@@ -60,15 +60,15 @@ def make_clip(
     stride: float = 1.0,
     script: Script,
 ) -> Clip:
-    """Make a clip; the same arguments give the same clip.
+    """Make a clip; equal arguments give equal clips.
 
     Args:
-        seed: Which clip.
+        seed: Of everything that the script leaves open.
         frames: Number of frames, T.
-        size_hw: Size of the frames in pixels, (H, W); the view is stretched to it.
+        size_hw: Size of the frames in pixels, (H, W); the scene is stretched to it.
         render_hw: Size to draw at before shrinking to `size_hw`; None: draw at `size_hw`.
         stride: Time between frames; 1 is a slow, smooth video.
-        script: What the clip must show.
+        script: Contents of the clip.
     """
     rng = np.random.default_rng(seed)
     span = (frames - 1) * stride

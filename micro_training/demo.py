@@ -1,7 +1,4 @@
-"""Track the example clip with the bundled micro weights and compare with its known truth.
-
-Owns the demonstration only: the clip comes from `training`, the tracking from `track_video`.
-"""
+"""Track the example clip with the bundled micro weights and compare with its ground truth."""
 
 from __future__ import annotations
 
@@ -23,18 +20,18 @@ OUT = Path("out/demo")
 
 
 def main() -> None:
-    """Make the clip, track it, print how good it was and name the pictures."""
+    """Make the clip, track it, and print J and F and the names of the written files."""
     write_demo_clip(OUT)
     prompts = read_prompts(OUT / "shapes.json")
     client = LocalTrackingClient(Settings(model_id="micro"))
     outcome = track_clip(open_clip(OUT / "frames"), prompts, client, OUT)
     truth = np.load(OUT / "truth.npz")["masks"]
-    found = read_masks(OUT / "tracks.json", truth.shape)
+    tracked = read_masks(OUT / "tracks.json", truth.shape)
 
-    print("\nAgainst the known truth, frame 0 left out:")
+    print("\nCompared with the ground truth, without frame 0:")
     print("object  prompt     frames  hidden      J     F")
     for track, prompt in enumerate(prompts):
-        pairs = [(found[frame, track], truth[frame, track]) for frame in range(1, len(truth))]
+        pairs = [(tracked[frame, track], truth[frame, track]) for frame in range(1, len(truth))]
         region = np.mean([region_iou(*pair) for pair in pairs])
         boundary = np.mean([boundary_f(*pair) for pair in pairs])
         hidden = sum(not mask.any() for _, mask in pairs)
@@ -42,13 +39,13 @@ def main() -> None:
             f"{prompt.label:7} {prompt.shape.type:10} {outcome.frames:6} {hidden:7} "
             f"{region:6.3f} {boundary:5.3f}"
         )
-    print("\nmicro is for trying out and knows drawn shapes only. Use SAM 2's own weights.")
+    print("\nmicro is for trials and only tracks drawn shapes. For real use, take SAM 2's weights.")
     for name in ("contact_sheet.png", "overlay.mp4", "annotations.xml", "tracks.json"):
         print(f"wrote {OUT / name}")
 
 
 def read_masks(path: Path, shape: tuple[int, int, int, int]) -> npt.NDArray[np.bool_]:
-    """Read `tracks.json` back as masks `(T, N, H, W)`; a lost object's mask is empty."""
+    """Read the masks of `tracks.json`, `(T, N, H, W)`; a lost object's mask is empty."""
     masks = np.zeros(shape, dtype=np.bool_)
     for annotation in json.loads(path.read_text(encoding="utf-8"))["annotations"]:
         mask = coco_mask.decode(annotation["segmentation"])

@@ -1,4 +1,7 @@
-"""Writes the demo clip, its prompts and its truth: `-m micro_training.demo_clip --out DIR`."""
+"""Write the demo clip, the shapes to start from, and the ground truth.
+
+python -m micro_training.demo_clip --out DIR
+"""
 
 import argparse
 import json
@@ -15,8 +18,8 @@ DEMO_FRAMES = 72
 DEMO_SIZE_HW = (360, 640)
 JPEG_QUALITY = 95
 
-# the first object is the one that is hidden for some frames
-PROMPTS = (
+# Label and shape type of each object; the first object is hidden for some frames.
+INITIAL_SHAPES = (
     ("oval", ShapeType.MASK),
     ("pebble", ShapeType.POLYGON),
     ("star", ShapeType.RECTANGLE),
@@ -27,7 +30,7 @@ def make_demo_clip() -> tuple[Clip, list[int]]:
     """Make the demo clip.
 
     Returns:
-        The clip, and its three objects' bodies in the order of `PROMPTS`.
+        The clip, and its three objects' bodies in the order of `INITIAL_SHAPES`.
     """
     clip = make_clip(
         DEMO_SEED,
@@ -42,7 +45,7 @@ def make_demo_clip() -> tuple[Clip, list[int]]:
 
 
 def write_demo_clip(out: Path) -> None:
-    """Write `frames/00000.jpg` and so on, `shapes.json` and `truth.npz` into a folder.
+    """Write `frames/00000.jpg` and so on, `shapes.json` and `truth.npz` into the folder `out`.
 
     `truth.npz` holds `masks`, `(T, N, H, W)` bool, objects in the order of `shapes.json`.
     """
@@ -55,19 +58,19 @@ def write_demo_clip(out: Path) -> None:
             cv2.cvtColor(frame, cv2.COLOR_RGB2BGR),
             [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY],
         )
-    prompts = []
-    for (label, shape_type), body in zip(PROMPTS, bodies, strict=True):
+    shapes = []
+    for (label, shape_type), body in zip(INITIAL_SHAPES, bodies, strict=True):
         shape = mask_to_shape(clip.mask(0, body), shape_type)
         assert shape is not None
         points = list(shape.points)
-        prompts.append({"label": label, "type": str(shape_type), "points": points, "frame": 0})
-    (out / "shapes.json").write_text(json.dumps(prompts, indent=1) + "\n")
+        shapes.append({"label": label, "type": str(shape_type), "points": points, "frame": 0})
+    (out / "shapes.json").write_text(json.dumps(shapes, indent=1) + "\n")
     masks = np.stack([clip.labels == body + 1 for body in bodies], axis=1)
     np.savez_compressed(out / "truth.npz", masks=masks)
 
 
 def main() -> None:
-    """Write the demo clip where the command line says."""
+    """Write the demo clip to the folder that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out

@@ -1,6 +1,8 @@
-"""Measures the bundled model on held-out clips, through the function's own handler.
+"""Evaluate the bundled model on held-out clips, through the function's handler.
 
-`python -m micro_training.evaluate --out DIR` prints a table and writes `results.json` and `j.png`.
+    python -m micro_training.evaluate --out DIR
+
+Prints a table and writes `results.json` and `j.png`.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from micro_training.model import CHECKPOINT
 from micro_training.plot import draw_curves
 from shapes import ShapeType
 
-# name in the table, what must be reached, and whether more is better
+# Bars by name in the table: the least value to reach, or the most for `LESS_IS_BETTER`.
 BARS = {
     "mask prompt": {"j": 0.80, "found_again": 0.70, "hidden_null": 0.80, "swapped": 0.15},
     "box prompt": {"j": 0.75},
@@ -30,8 +32,8 @@ LESS_IS_BETTER = ("swapped",)
 KINDS = {"mask prompt": ShapeType.MASK, "box prompt": ShapeType.RECTANGLE}
 
 
-def follow_clip(client: FunctionClient, held_out: HeldOut, clip: Clip) -> dict[str, ClipResult]:
-    """Follow each object twice, once per kind of prompt, in the same requests."""
+def track_clip(client: FunctionClient, held_out: HeldOut, clip: Clip) -> dict[str, ClipResult]:
+    """Track each object twice, once per kind of prompt, in the same requests."""
     masks = [clip.mask(0, body) for body in held_out.bodies]
     kinds = [kind for kind in KINDS.values() for _ in masks]
     answers = client.follow(clip.frames, masks * len(KINDS), kinds)
@@ -43,14 +45,14 @@ def follow_clip(client: FunctionClient, held_out: HeldOut, clip: Clip) -> dict[s
 
 
 def time_steps(client: FunctionClient, clip: Clip, body: int) -> float:
-    """Return the median time of a request that follows one object, in milliseconds."""
+    """Return the median time of a request that tracks one object, in milliseconds."""
     client.request_ms.clear()
     client.follow(clip.frames, [clip.mask(0, body)], [ShapeType.MASK])
     return statistics.median(client.request_ms[1:])
 
 
 def print_table(summaries: dict[str, dict[str, float]]) -> None:
-    """Print every number beside its bar."""
+    """Print every value, and its bar where it has one."""
     for name, summary in summaries.items():
         print(f"\n{name}")
         for key, value in summary.items():
@@ -63,7 +65,7 @@ def print_table(summaries: dict[str, dict[str, float]]) -> None:
 
 
 def main() -> None:
-    """Measure and report."""
+    """Evaluate, print, and write the files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--clips", type=int, default=CLIPS, help="fewer for a quick look")
@@ -74,7 +76,7 @@ def main() -> None:
     results: dict[str, list[ClipResult]] = {name: [] for name in KINDS}
     for held_out in tqdm(choose_held_out(arguments.clips), total=arguments.clips, unit="clip"):
         clip = held_out.make()
-        for name, result in follow_clip(client, held_out, clip).items():
+        for name, result in track_clip(client, held_out, clip).items():
             results[name].append(result)
     step_ms = time_steps(client, clip, held_out.bodies[0])
     summaries = {name: summarise(rows) for name, rows in results.items()}

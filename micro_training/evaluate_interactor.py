@@ -1,16 +1,20 @@
-"""Measures the interactor with the bundled model on held-out frames, through its own handler.
+"""Evaluate the interactor with the bundled model on held-out frames, through its handler.
 
-`python -m micro_training.evaluate_interactor --out DIR` prints two tables and writes
-`interactor.json`: mean IoU by kind of prompt, and by number of clicks of a simulated annotator.
+    python -m micro_training.evaluate_interactor --out DIR
+
+Prints two tables and writes `interactor.json`: mean IoU by kind of prompt, and by the number of
+clicks of a simulated annotator.
 """
 
 import argparse
 import base64
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -18,49 +22,55 @@ import numpy.typing as npt
 from nuclio_sdk import Context, Event, Logger
 from tqdm import tqdm
 
-from interaction import main as function
+from interaction import main as entry_point
 from interaction.protocol import Point, Prompt
 from micro_training.clips import HELD_OUT_SEEDS, Script, make_clip
-from micro_training.function_client import micro_environment
+from micro_training.function_client import micro_defaults
 from micro_training.metrics import region_iou
 from shapes import Mask, decode_cvat_rle, mask_to_box
 
 FRAMES = 40
 SIZE_HW = (360, 640)
 MAX_OBJECTS = 3
-_MIN_SHARE = 0.004  # smaller objects are left out, as for the tracker
+_MIN_SHARE = 0.004  # objects that cover less of the frame are left out
 
-KINDS = ("1 click", "3 clicks", "clicks with negatives", "box", "box + clicks", "4 extreme points")
+EXTREME = "4 extreme points"
+KINDS = ("1 click", "3 clicks", "clicks with negatives", "box", "box + clicks", EXTREME)
 CURVE_CLICKS = 8
 NOC_IOU = 0.80
-NOC_CLICKS = 20  # objects that are not there by then count as this, as in f-BRS
+NOC_CLICKS = 20  # objects below `NOC_IOU` after these clicks count as 20, as in f-BRS
 
 
-class Segments(Protocol):
-    """What the simulated annotator talks to."""
+class Interactor(Protocol):
+    """An interactor that the simulated annotator uses."""
 
-    def ask(self, prompt: Prompt) -> Mask:
+    def segment(self, prompt: Prompt) -> Mask:
         """Return the mask for a prompt, `(H, W)`."""
 
 
 class InteractorClient:
-    """Starts the interactor as Nuclio does and sends it one frame after another."""
+    """Start the interactor as Nuclio does, and send it frames and prompts.
 
-    def __init__(self) -> None:
+    Args:
+        extreme_points: Whether four clicks that lie like extreme points mean a box.
+    """
+
+    def __init__(self, *, extreme_points: bool = False) -> None:
         """Start the interactor; `request_ms` collects the time of each request."""
         self._context = Context(logger=Logger(level="INFO"), worker_id=0)
-        with micro_environment():
-            function.init_context(self._context)
+        setting = {"SAM2_INTERACTOR_EXTREME_POINTS": "on" if extreme_points else "off"}
+        with micro_defaults(), patch.dict(os.environ, setting):
+            entry_point.init_context(self._context)
         self.request_ms: list[float] = []
 
     def show(self, frame: npt.NDArray[np.uint8]) -> None:
-        """Send an `(H, W, 3)` RGB frame with all prompts from here on."""
+        """Set the frame for the next prompts, `(H, W, 3)` RGB."""
         self._size_hw = frame.shape[:2]
         _, png = cv2.imencode(".png", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
         self._image = base64.b64encode(png.tobytes()).decode()
 
-    def ask(self, prompt: Prompt) -> Mask:
-        """Return the answered mask, `(H, W)`."""
+    def segment(self, prompt: Prompt) -> Mask:
+        """Send a prompt and return the mask of the answer, `(H, W)`."""
         body = {
             "image": self._image,
             "pos_points": [list(point) for point in prompt.positive],
@@ -68,7 +78,7 @@ class InteractorClient:
             "obj_bbox": list(prompt.box or ()),
         }
         begin = time.perf_counter()
-        response = function.handler(self._context, Event(body=body, method="POST"))
+        response = entry_point.handler(self._context, Event(body=body, method="POST"))
         self.request_ms.append((time.perf_counter() - begin) * 1000)
         assert response.status_code == 200, response.body
         shapes = json.loads(response.body)["shapes"]
@@ -78,7 +88,7 @@ class InteractorClient:
 
 
 def held_out_objects(count: int) -> Iterator[tuple[npt.NDArray[np.uint8], list[Mask]]]:
-    """Yield frames that training never saw, each with the masks of the objects to segment."""
+    """Yield frames not used in training, each with the masks of the objects to segment."""
     seeds = iter(HELD_OUT_SEEDS)
     while count:
         clip = make_clip(next(seeds), frames=1, size_hw=SIZE_HW, script=Script(event="none"))
@@ -90,15 +100,14 @@ def held_out_objects(count: int) -> Iterator[tuple[npt.NDArray[np.uint8], list[M
             yield clip.frames[0], masks
 
 
-def prompts_of(mask: Mask, rng: np.random.Generator) -> dict[str, Prompt]:
-    """Return one prompt of each kind, those with more clicks before those they begin with.
+def make_prompts(mask: Mask, rng: np.random.Generator) -> dict[str, Prompt]:
+    """Return a prompt of each kind, in an order in which none continues an earlier prompt.
 
-    The interactor refines the answer to an earlier prompt that a later one continues: in this order
-    each kind is answered by itself.
+    The interactor would refine its answer to the earlier prompt, and the result would not be of
+    one kind alone.
     """
     positive = spread_clicks(mask, 3)
-    beside = background_near(mask)
-    negative = spread_clicks(beside, 2)
+    negative = spread_clicks(background_near(mask), 2)
     box = draw_box(mask, rng)
     return {
         "clicks with negatives": Prompt(positive[:2], negative),
@@ -106,12 +115,12 @@ def prompts_of(mask: Mask, rng: np.random.Generator) -> dict[str, Prompt]:
         "1 click": Prompt(positive[:1]),
         "box + clicks": Prompt(positive[:1], negative[:1], box),
         "box": Prompt(box=box),
-        "4 extreme points": Prompt(extreme_points(mask)),
+        EXTREME: Prompt(extreme_points(mask)),
     }
 
 
 def spread_clicks(region: Mask, count: int) -> tuple[Point, ...]:
-    """Click the pixel deepest inside a region, then where it is deepest apart from the clicks."""
+    """Click the pixel deepest inside a region, then the deepest ones away from earlier clicks."""
     region = region.copy()
     points = []
     for _ in range(count):
@@ -124,7 +133,7 @@ def spread_clicks(region: Mask, count: int) -> tuple[Point, ...]:
 
 
 def background_near(mask: Mask) -> Mask:
-    """Return what is not the object in its box with a margin of a fifth of the box's sides."""
+    """Return the background in the object's box, enlarged by a fifth of its sides."""
     x1, y1, x2, y2 = mask_to_box(mask) or (0, 0, 0, 0)
     margin_x, margin_y = (x2 - x1) // 5 + 2, (y2 - y1) // 5 + 2
     near = np.zeros_like(mask)
@@ -133,7 +142,7 @@ def background_near(mask: Mask) -> Mask:
 
 
 def draw_box(mask: Mask, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """Draw the object's box, each corner moved as people do.
+    """Draw the object's box with its corners moved at random, as annotators draw it.
 
     Source:
         The jitter (a tenth of the side, at most 20 of 1024 pixels) is SAM's, appendix A.
@@ -146,7 +155,7 @@ def draw_box(mask: Mask, rng: np.random.Generator) -> tuple[float, float, float,
 
 
 def extreme_points(mask: Mask) -> tuple[Point, ...]:
-    """Click the middle of the object's left-most, top-most, right-most and bottom-most pixels."""
+    """Click the middle of the object's leftmost, topmost, rightmost and bottommost pixels."""
     rows, columns = np.nonzero(mask)
     sides = (columns == columns.min(), rows == rows.min(),
              columns == columns.max(), rows == rows.max())  # fmt: skip
@@ -154,7 +163,7 @@ def extreme_points(mask: Mask) -> tuple[Point, ...]:
 
 
 def deepest(region: Mask) -> tuple[float, Point]:
-    """Return how far the pixel deepest inside lies from the region's edge, and where it is."""
+    """Return the largest distance of a pixel from the region's edge, and that pixel."""
     padded = np.pad(region, 1).astype(np.uint8)  # the frame's border is an edge
     depth = cv2.distanceTransform(padded, cv2.DIST_L2, 0)[1:-1, 1:-1]
     row, column = np.unravel_index(int(depth.argmax()), depth.shape)
@@ -162,10 +171,10 @@ def deepest(region: Mask) -> tuple[float, Point]:
 
 
 def next_click(truth: Mask, answered: Mask, prompt: Prompt) -> Prompt:
-    """Add a click in the middle of the largest wrong region.
+    """Add a click in the middle of the largest region where the answer is wrong.
 
     Source: `Clicker._get_next_click` of f-BRS (saic-vul/fbrs_interactive_segmentation): the region
-        is the one whose middle lies deepest; a pixel is not clicked twice.
+        is that with the deepest pixel; a pixel is not clicked twice.
     """
     unclicked = np.ones_like(truth)
     for x, y in (*prompt.positive, *prompt.negative):
@@ -179,40 +188,42 @@ def next_click(truth: Mask, answered: Mask, prompt: Prompt) -> Prompt:
     return prompt  # nothing is wrong
 
 
-def annotate(client: Segments, truth: Mask) -> list[float]:
-    """Click until IoU reaches `NOC_IOU`, and in any case `CURVE_CLICKS` times; return the IoUs."""
+def annotate(client: Interactor, truth: Mask) -> list[float]:
+    """Click until the IoU reaches `NOC_IOU`, at least `CURVE_CLICKS` times; return the IoUs."""
     ious: list[float] = []
     prompt, answered = Prompt(), np.zeros_like(truth)
     while len(ious) < CURVE_CLICKS or (max(ious) < NOC_IOU and len(ious) < NOC_CLICKS):
         prompt = next_click(truth, answered, prompt)
-        answered = client.ask(prompt)
+        answered = client.segment(prompt)
         ious.append(region_iou(answered, truth))
     return ious
 
 
 def clicks_needed(ious: list[float]) -> int:
-    """Return the number of clicks to `NOC_IOU`."""
+    """Return the number of clicks until the IoU reaches `NOC_IOU`, at most `NOC_CLICKS`."""
     reached = [count for count, iou in enumerate(ious, start=1) if iou >= NOC_IOU]
     return min([*reached, NOC_CLICKS])
 
 
 def main() -> None:
-    """Measure and report."""
+    """Evaluate, print, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--frames", type=int, default=FRAMES, help="fewer for a quick look")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
-    client = InteractorClient()
+    client, extreme_client = InteractorClient(), InteractorClient(extreme_points=True)
     rng = np.random.default_rng(0)
     by_kind: dict[str, list[float]] = {kind: [] for kind in KINDS}
     loops: list[list[float]] = []
     for frame, masks in tqdm(held_out_objects(arguments.frames), total=arguments.frames):
         client.show(frame)
+        extreme_client.show(frame)
         for mask in masks:
-            for kind, prompt in prompts_of(mask, rng).items():
-                by_kind[kind].append(region_iou(client.ask(prompt), mask))
+            for kind, prompt in make_prompts(mask, rng).items():
+                used = extreme_client if kind == EXTREME else client
+                by_kind[kind].append(region_iou(used.segment(prompt), mask))
             loops.append(annotate(client, mask))
     needed = [clicks_needed(ious) for ious in loops]
     results = {
@@ -229,7 +240,7 @@ def main() -> None:
 
 
 def print_tables(results: dict[str, object]) -> None:
-    """Print what was measured as the model card shows it."""
+    """Print the results as the model card shows them."""
     by_kind, by_clicks = results["iou_by_kind"], results["iou_by_clicks"]
     assert isinstance(by_kind, dict)
     assert isinstance(by_clicks, list)

@@ -1,7 +1,8 @@
-"""First weights that know where things are; left to chance, a short training never finds out.
+"""Set initial weights with which attention starts at the same image position.
 
-With PyTorch's own first weights, attention looks everywhere alike: following a mask took hundreds
-of steps to begin, and a mask from a box or a click did not begin at all in the time we give.
+With PyTorch's initial weights, attention is uniform over the image: the model needed hundreds of
+steps until it began to track masks, and in this short training it never began to make masks from
+boxes or clicks.
 """
 
 import numpy as np
@@ -9,27 +10,27 @@ import torch
 from sam2.modeling.sam.transformer import Attention
 from sam2.modeling.sam2_base import SAM2Base
 
-from micro_training.mask_copying import CELLS, carry_masks, keep_features_clear
+from micro_training.mask_copying import CELLS, clear_features, set_mask_copying
 
-# strengths of the first attention to the same place: some mass is left for other places
+# Strength of the initial attention to the same position; some weight remains for others.
 _ROTARY_BIAS = 3.0
 _NEARBY_GAIN = 3.0
 _SIDE_GAIN = 5.0
-# how much of a token's own content its first self-attention keeps
+# Strength of the initial self-attention of a token to itself.
 _SELF_GAIN = 2.0
-# prompts must be heard against the image's own features
+# Factor for prompts, so that they count against the image's features.
 _PROMPT_GAIN = 3.0
 
 
 def set_first_weights(model: SAM2Base) -> None:
     """Overwrite some of a new model's random weights, in place.
 
-    Between frames, equal constant queries and keys leave only the rotary position code, which is
-    largest where both places agree. Between prompts and image, some heads start as kernels: the
-    product of two position codes is largest at the same place, or, a quarter of a wave shifted,
-    tells on which side of a prompt's point a pixel lies.
+    Between frames, equal constant queries and keys leave only the rotary position encoding, whose
+    product is largest at equal positions. Between prompts and image, some heads start as kernels:
+    the product of two position encodings is largest at equal positions, or, shifted by a quarter
+    of a wave, has a sign that depends on the side of the prompt's point on which a pixel lies.
     """
-    # start from "visible": an object that is thought absent leaves no memory to learn from
+    # Start with "visible": an object judged absent leaves no memory to learn from.
     torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 2.0)
     for layer in model.memory_attention.layers:
         for attention in (layer.self_attn, layer.cross_attn_image):
@@ -38,7 +39,7 @@ def set_first_weights(model: SAM2Base) -> None:
     with torch.no_grad():
         columns = _set_prompt_weights(model)
     free = [i for i in range(model.hidden_dim) if i not in columns]
-    carry_masks(model, free[:CELLS])
+    set_mask_copying(model, free[:CELLS])
 
 
 def _set_prompt_weights(model: SAM2Base) -> list[int]:
@@ -46,26 +47,28 @@ def _set_prompt_weights(model: SAM2Base) -> list[int]:
     code = prompts.pe_layer.positional_encoding_gaussian_matrix
     waves = _Waves(code.shape[1])
     code.copy_(torch.from_numpy(waves.matrix).to(code))
-    columns = _keep_clear(model, waves)
+    columns = _reserve_columns(model, waves)
     transformer = model.sam_mask_decoder.transformer
-    # the first self-attention has no residual: where it mixes all tokens, a prompt's kind is lost
+    # The first self-attention has no residual connection: if it mixed all tokens, the kinds of the
+    # prompts would be lost.
     first = transformer.layers[0].self_attn
     for projection in (first.q_proj, first.k_proj):
         torch.nn.init.eye_(projection.weight).mul_(_SELF_GAIN)
         torch.nn.init.zeros_(projection.bias)
-    _look_nearby(transformer.final_attn_token_to_image, range(4), waves)
+    _attend_same_position(transformer.final_attn_token_to_image, range(4), waves)
     for layer in transformer.layers:
-        _look_nearby(layer.cross_attn_token_to_image, range(4), waves)
-        _look_nearby(layer.cross_attn_image_to_token, range(4, 6), waves)
-        _look_aside(layer.cross_attn_image_to_token, waves)
+        _attend_same_position(layer.cross_attn_token_to_image, range(4), waves)
+        _attend_same_position(layer.cross_attn_image_to_token, range(4, 6), waves)
+        _attend_one_side(layer.cross_attn_image_to_token, waves)
         layer.cross_attn_image_to_token.out_proj.weight.mul_(_PROMPT_GAIN)
     return columns
 
 
 class _Waves:
-    """The position code's waves per half image; SAM draws them from a normal distribution.
+    """The position encoding's waves per half image; SAM draws them from a normal distribution.
 
-    Below 0.25 a wave rises all the way, so that it tells left from right. `matrix` is `(2, W)`.
+    A wave below 0.25 is monotonic over the image, so that it distinguishes left from right.
+    `matrix` is `(2, W)`.
     """
 
     def __init__(self, count: int) -> None:
@@ -79,16 +82,16 @@ class _Waves:
         )
 
     def sine(self, axis: int, wave: int) -> int:
-        """Return the column of a sine in the code, which holds all sines, then all cosines."""
+        """Return the column of a sine in the encoding: all sines, then all cosines."""
         return axis * self.per_axis + wave
 
     def cosine(self, axis: int, wave: int) -> int:
-        """Return the column of a cosine in the code."""
+        """Return the column of a cosine in the encoding."""
         return self.sine(axis, wave) + 2 * self.per_axis
 
 
-def _keep_clear(model: SAM2Base, waves: _Waves) -> list[int]:
-    """Let only the position code write to the columns that the heads above read it from."""
+def _reserve_columns(model: SAM2Base, waves: _Waves) -> list[int]:
+    """Reserve the columns that these heads read for the position encoding; return them."""
     columns = [
         column(axis, wave)
         for column in (waves.sine, waves.cosine)
@@ -110,25 +113,25 @@ def _keep_clear(model: SAM2Base, waves: _Waves) -> list[int]:
         norms += [layer.norm1, layer.norm2, layer.norm3, layer.norm4]
     for norm in norms:
         norm.weight[columns] = 0
-    keep_features_clear(model, columns)
+    clear_features(model, columns)
     return columns
 
 
-def _look_nearby(attention: Attention, heads: range, waves: _Waves) -> None:
-    """Make heads attend to where the query's position code is the key's."""
+def _attend_same_position(attention: Attention, heads: range, waves: _Waves) -> None:
+    """Make heads attend to keys at the query's position."""
     size = attention.internal_dim // attention.num_heads
     for head in heads:
-        places = [
-            column(axis, wave)
+        columns = [
+            encode(axis, wave)
             for axis in range(2)
             for wave in (waves.medium, waves.fast)
-            for column in (waves.sine, waves.cosine)
+            for encode in (waves.sine, waves.cosine)
         ]
-        for offset, place in enumerate(places):
-            _set_pair(attention, head * size + offset, place, place, _NEARBY_GAIN, 1.0)
+        for offset, column in enumerate(columns):
+            _set_pair(attention, head * size + offset, column, column, _NEARBY_GAIN, 1.0)
 
 
-def _look_aside(attention: Attention, waves: _Waves) -> None:
+def _attend_one_side(attention: Attention, waves: _Waves) -> None:
     """Make heads 0 to 3 attend to points to the left, right, above and below of the query."""
     size = attention.internal_dim // attention.num_heads
     for head in range(4):

@@ -1,4 +1,4 @@
-"""Follows objects through a clip by the function's own handler, in this process."""
+"""Track objects through a clip with the function's handler, in this process."""
 
 import base64
 import json
@@ -15,16 +15,16 @@ import numpy as np
 import numpy.typing as npt
 from nuclio_sdk import Context, Event, Logger
 
-import main as function
+import main as entry_point
 from shapes import Mask, Shape, ShapeType, mask_to_shape, shape_to_mask
 
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """Where one object is on one frame.
+    """One object on one frame.
 
-    `shape` is what the function answered, None where it says the object is not there; `mask` is
-    `(H, W)` bool: the shape drawn, but for a rectangle the mask behind it.
+    `shape` is the function's answer, None where the object is lost; `mask` is `(H, W)` bool: the
+    drawn shape, but for a rectangle the mask that the box was computed from.
     """
 
     shape: Shape | None
@@ -32,37 +32,37 @@ class Answer:
 
 
 @contextmanager
-def micro_environment() -> Iterator[None]:
-    """Start a function with the micro weights on the CPU unless the environment says otherwise."""
+def micro_defaults() -> Iterator[None]:
+    """Set defaults for a function: the micro weights, the CPU, and no Redis."""
     defaults = {"SAM2_MODEL_ID": "micro", "SAM2_DEVICE": "cpu"}
-    own = {name: os.environ[name] for name in os.environ if name != "CVAT_FUNCTIONS_REDIS_HOST"}
-    with patch.dict(os.environ, defaults | own, clear=True):
+    given = {name: os.environ[name] for name in os.environ if name != "CVAT_FUNCTIONS_REDIS_HOST"}
+    with patch.dict(os.environ, defaults | given, clear=True):
         yield
 
 
 class FunctionClient:
-    """Starts the function as Nuclio does, with the embedded store, and sends it frames."""
+    """Start the function as Nuclio does, with the store in memory, and send it frames."""
 
     def __init__(self) -> None:
-        """Start the function; `load_s` is how long that took, in seconds."""
+        """Start the function; `load_s` is its loading time, `request_ms` collects times."""
         self._context = Context(logger=Logger(level="INFO"), worker_id=0)
         begin = time.perf_counter()
-        with micro_environment():
-            function.init_context(self._context)
+        with micro_defaults():
+            entry_point.init_context(self._context)
         self.load_s = time.perf_counter() - begin
         self.request_ms: list[float] = []
         self._masks: list[Mask] = []
-        self._listen()
+        self._record_masks()
 
     def follow(
         self, frames: npt.NDArray[np.uint8], masks: list[Mask], kinds: list[ShapeType]
     ) -> list[list[Answer]]:
-        """Prompt objects on the first frame and follow them to the last.
+        """Prompt objects on the first frame and track them to the last.
 
         Args:
             frames: `(T, H, W, 3)` uint8 RGB.
             masks: The true mask of each object on the first frame, `(H, W)` bool.
-            kinds: The shape that each is prompted with.
+            kinds: The shape type that each is prompted with.
 
         Returns:
             For each of the frames 1 to T - 1, one answer per object.
@@ -94,29 +94,29 @@ class FunctionClient:
         body = {"image": image, "shapes": shapes, "states": states}
         event = Event(body=body, content_type="application/json", method="POST")
         begin = time.perf_counter()
-        response = function.handler(self._context, event)
+        response = entry_point.handler(self._context, event)
         self.request_ms.append((time.perf_counter() - begin) * 1000)
         assert response.status_code == 200, response.body
         reply: dict[str, Any] = json.loads(response.body)
         return reply
 
-    def _read(self, wire: dict[str, Any] | None, heard: Mask) -> Answer:
+    def _read(self, wire: dict[str, Any] | None, mask: Mask) -> Answer:
         if wire is None:
-            return Answer(None, np.zeros_like(heard))
+            return Answer(None, np.zeros_like(mask))
         shape = Shape(ShapeType(wire["type"]), wire["points"])
         if shape.type is ShapeType.RECTANGLE:
-            # a rectangle keeps its last box when the object is lost: the mask tells
-            return Answer(shape if heard.any() else None, heard)
-        return Answer(shape, shape_to_mask(shape, heard.shape))
+            # A lost object's rectangle keeps its last box; only the mask shows the loss.
+            return Answer(shape if mask.any() else None, mask)
+        return Answer(shape, shape_to_mask(shape, mask.shape))
 
-    def _listen(self) -> None:
-        """Hear the masks behind the answers: of a rectangle the wire shows only the box."""
+    def _record_masks(self) -> None:
+        """Collect the masks that answers are made from: a rectangle's answer has only the box."""
         handler = self._context.user_data.service.tracker._model  # noqa: SLF001
         original = handler.full_size_mask
 
-        def heard(*args: Any, **kwargs: Any) -> Mask:  # noqa: ANN401
+        def recorded(*args: Any, **kwargs: Any) -> Mask:  # noqa: ANN401
             mask: Mask = original(*args, **kwargs)
             self._masks.append(mask)
             return mask
 
-        handler.full_size_mask = heard
+        handler.full_size_mask = recorded

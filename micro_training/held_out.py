@@ -1,4 +1,4 @@
-"""The held-out clips that the bundled model is measured on; training never saw their seeds."""
+"""Choose the held-out clips for evaluating the bundled model; training never uses their seeds."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ MAX_OBJECTS = 3
 
 _PREVIEW_HW = (90, 160)
 _MIN_START_SHARE = 0.01
-# frames in view that the clip must show after the occlusion, to tell whether the object is found
+# Least number of frames in view after the occlusion, to judge whether the object is found again.
 _MIN_FRAMES_AFTER = 6
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One clip to measure on.
+    """One clip to evaluate on.
 
     `event` hides the first object for 5 to 10 frames unless it is "none"; `bodies` are the objects
-    to follow, the event's target first.
+    to track, the event's target first.
     """
 
     seed: int
@@ -46,8 +46,8 @@ class HeldOut:
 def choose_held_out(count: int = CLIPS) -> Iterator[HeldOut]:
     """Choose the clips: 7 in 10 with a full occlusion, every second one with a look-alike.
 
-    Seeds are taken in order; one is left out only where the clip does not show what its place in
-    the list asks for, never for how well it is tracked.
+    Seeds are taken in order. A seed is skipped only if its clip does not show the event and the
+    look-alike that its position in the list requires, never for how well it is tracked.
     """
     seeds = iter(HELD_OUT_SEEDS)
     for index in range(count):
@@ -61,11 +61,11 @@ def choose_held_out(count: int = CLIPS) -> Iterator[HeldOut]:
 
 
 def hidden_run(visible: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> tuple[int, int] | None:
-    """Return the first and the last but one index of the only hidden run, or None.
+    """Return the first index of the only hidden run and the index after its end, or None.
 
     Args:
-        visible: `(T,)`, whether the object shows at all; None is returned unless it is hidden
-            exactly once, and seen before and after.
+        visible: `(T,)`, whether any of the object is visible. The result is None unless it is
+            hidden exactly once and visible before and after.
     """
     edges = np.flatnonzero(np.diff(visible.astype(np.int8)))
     if len(edges) != 2 or not visible[0]:
@@ -76,7 +76,7 @@ def hidden_run(visible: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> tuple[int
 def in_full_view(
     areas: np.ndarray[tuple[int], np.dtype[np.int64]],
 ) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """Mark frames that show at least half of what the prompt's frame shows."""
+    """Return which frames show at least half of the area visible on the first frame."""
     return np.asarray(areas >= 0.5 * areas[0])
 
 

@@ -1,4 +1,4 @@
-"""The losses of SAM 2: focal, dice, IoU score and object score.
+"""Compute the losses of SAM 2: focal, dice, IoU score and object score.
 
 Source: SAM 2 paper (arXiv:2408.00714), appendix D.2.2 for weights and rules.
 """
@@ -12,7 +12,7 @@ from torch.nn import functional
 from micro_training.unroll import Prediction
 
 FOCAL_WEIGHT = 20.0
-# SAM 2 takes 0.25; weighed up, small objects are found sooner
+# SAM 2 takes 0.25; with a larger weight, small objects are found sooner.
 _FOCAL_ALPHA = 0.75
 _FOCAL_GAMMA = 2.0
 _ABSENT_WEIGHT = 3.0
@@ -22,8 +22,8 @@ _ABSENT_WEIGHT = 3.0
 class Losses:
     """Mean losses over the objects and frames of a batch, scalars; `total` is their weighted sum.
 
-    `iou` (of the chosen masks, 0..1, visible objects only) and `seen` (share of right visible or
-    absent verdicts) are for the log.
+    `iou` (of the chosen masks, 0..1, visible objects only) and `seen` (share of objects rightly
+    judged visible or absent) are for the log.
     """
 
     total: Tensor
@@ -36,12 +36,12 @@ class Losses:
 
 
 def compute_losses(predictions: list[Prediction], masks: Tensor, side: int) -> Losses:
-    """Compare predictions with the truth.
+    """Compare predictions with the ground truth.
 
     Args:
-        predictions: From the unroller.
-        masks: `(B, T, S, S)` bool, the truth.
-        side: Masks are compared at this many pixels a side (S / side must be whole).
+        predictions: From `Unroller`.
+        masks: `(B, T, S, S)` bool, the ground truth.
+        side: Side in pixels at which masks are compared; S must be a multiple of it.
     """
     rows = [_compare(prediction, masks[:, prediction.time], side) for prediction in predictions]
     focal, dice, iou_score, object_score, iou, seen, visible = (
@@ -64,7 +64,7 @@ def compute_losses(predictions: list[Prediction], masks: Tensor, side: int) -> L
 
 
 def _compare(prediction: Prediction, truth: Tensor, side: int) -> tuple[Tensor, ...]:
-    """Return focal, dice, IoU and object score losses, IoU, verdict and visibility, each `(B,)`."""
+    """Return focal, dice, IoU and object score losses, IoU, rightness, visibility, each `(B,)`."""
     share = functional.avg_pool2d(truth[:, None].float(), truth.shape[-1] // side)
     visible = truth.flatten(1).any(dim=1).float()
     logits = functional.interpolate(
@@ -82,18 +82,18 @@ def _compare(prediction: Prediction, truth: Tensor, side: int) -> tuple[Tensor, 
     guess, solid = logits.detach() > 0, target > 0.5
     union = (guess | solid).sum(dim=(2, 3)).clamp(min=1)
     ious = (guess & solid).sum(dim=(2, 3)) / union
-    # SAM 2 takes the L1 distance; behind its sigmoid that loses its gradient near 0, where all
-    # IoUs are at first, and the scores stay 0 long after the masks have become good
+    # SAM 2 takes the L1 distance. After the sigmoid its gradient vanishes near 0, where all IoUs
+    # start, and the scores would stay 0 long after the masks have become good.
     iou_score = functional.binary_cross_entropy(prediction.ious, ious, reduction="none").mean(1)
 
     chosen = prediction.ious.detach().argmax(dim=1, keepdim=True)
     score = prediction.score[:, 0]
     object_score = functional.binary_cross_entropy_with_logits(score, visible, reduction="none")
-    # without this, few objects being hidden, "visible" is a good answer for a long time
+    # Few objects are hidden: without this weight, "visible" is a good answer for a long time.
     object_score = object_score * (1 + (_ABSENT_WEIGHT - 1) * (1 - visible))
     return (
-        # SAM 2 trains the best mask only, for prompts that mean several things; whole shapes mean
-        # one, and each mask token would see a third of the little training there is
+        # SAM 2 trains only the best mask, because its prompts are ambiguous. Whole shapes are not,
+        # and each mask token would get a third of this short training.
         focal.mean(dim=1),
         dice.mean(dim=1),
         iou_score,

@@ -1,8 +1,8 @@
-"""First weights that carry a mask from one frame to the next, so that training begins there.
+"""Set initial weights that copy a mask from one frame to the next, as a start for training.
 
-A memory token stands for 16 x 16 pixels. Its first channels take the mask's 4 x 4 cells, 4 pixels
-each, attention brings them to the token at the same place, and the decoder unpacks them. The
-network's own layers do all of it, so that training can change all of it.
+A memory token covers 16 x 16 pixels. Its first channels hold the mask's 4 x 4 cells, 4 pixels each,
+attention copies them to the token at the same position, and the decoder unpacks them. All of this
+is done by the network's own layers, so that training can change it.
 """
 
 import torch
@@ -11,72 +11,72 @@ from sam2.modeling.memory_encoder import MaskDownSampler
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor, nn
 
-CELLS = 16  # of a token, 4 x 4
-# Beside much larger constants, a layer norm over channels changes small ones in proportion only.
+CELLS = 16  # cells of a token, 4 x 4
+# Next to constants this large, a layer norm over channels only scales the other values.
 _ANCHOR = 100.0
-_MASK_LOGIT = 10.0  # of a pixel of the mask, on its way into memory
-_CELL = 2.0  # its value in a token's channel
+_MASK_LOGIT = 10.0  # the memory encoder's input for a pixel of the mask
+_CELL = 2.0  # a full cell's value in a token's channel
 _ROTARY_BIAS = 4.0
 _CONTENT_GAIN = 5.0
-_RECENCY = 1.0  # what a frame's age costs its logits
-_READ = 4.0  # how strongly the masks take the cells
-# the pixels of a 3 x 3 kernel that make the 2 x 2 block of its stride
+_RECENCY = 1.0  # decrease of the attention logits per frame of age
+_READ = 4.0  # weight of the cells in the decoder's masks
+# The elements of a 3 x 3 kernel of stride 2 that cover a 2 x 2 block.
 _TAPS = ((1, 1), (1, 2), (2, 1), (2, 2))
 
 
-def carry_masks(model: SAM2Base, columns: list[int]) -> None:
+def set_mask_copying(model: SAM2Base, columns: list[int]) -> None:
     """Set the weights, in place.
 
     Args:
-        model: With PyTorch's first weights.
-        columns: The channels of a token that shall hold its cells, 16 of them.
+        model: A model with PyTorch's initial weights.
+        columns: The 16 channels of a token for its cells.
     """
     with torch.no_grad():
         encoder = model.memory_encoder
         _pack(encoder.mask_downsampler, columns)
         others = [i for i in range(encoder.pix_feat_proj.out_channels) if i not in columns]
         channels = encoder.out_proj.out_channels
-        looks = list(range(CELLS, channels - 1))
+        appearance = list(range(CELLS, channels - 1))
         nn.init.dirac_(encoder.pix_feat_proj.weight)
         encoder.pix_feat_proj.bias.zero_()
         _clear(columns, encoder.pix_feat_proj)
         encoder.out_proj.weight.zero_()
         encoder.out_proj.bias.zero_()
         encoder.out_proj.weight[range(CELLS), columns, 0, 0] = 1.0
-        sketch = torch.linalg.qr(torch.randn(len(others), len(looks)))[0].T
+        sketch = torch.linalg.qr(torch.randn(len(others), len(appearance)))[0].T
         encoder.out_proj.weight[CELLS : channels - 1, others, 0, 0] = sketch
         for layer in encoder.fuser.layers:
             layer.gamma[columns] = 0.02
         _attend(model.memory_attention, columns, others, sketch, channels)
         ages = model.num_maskmem - 1
         model.maskmem_tpos_enc[..., -1] = 0
-        for index in range(ages):  # the oldest first; the last one is the prompted frame
+        for index in range(ages):  # the oldest first; the prompted frame has the index `ages`
             model.maskmem_tpos_enc[index, ..., -1] = -_RECENCY * (ages - 1 - index)
         model.maskmem_tpos_enc[ages, ..., -1] = -2 * _RECENCY
         _unpack(model, columns)
 
 
 def _clear(columns: list[int], *layers: nn.Module) -> None:
-    """Let layers write nothing to some of their output channels."""
+    """Set the weights of some output channels of layers to zero."""
     for layer in layers:
         for values in (layer.weight, layer.bias):
             assert isinstance(values, Tensor)
             values[columns] = 0
 
 
-def keep_features_clear(model: SAM2Base, columns: list[int]) -> None:
-    """Let a frame's features leave some channels empty, where they meet prompts and memories."""
-    # the neck's coarsest levels add up to them
+def clear_features(model: SAM2Base, columns: list[int]) -> None:
+    """Keep some channels of a frame's features zero, where prompts and memories are added."""
+    # The features are the sum of the neck's coarsest levels.
     _clear(columns, *(level.conv for level in model.image_encoder.neck.convs[:2]))
     model.sam_prompt_encoder.no_mask_embed.weight[:, columns] = 0
     model.no_mem_embed[..., columns] = 0
 
 
 def _pack(sampler: MaskDownSampler, columns: list[int]) -> None:
-    """Bring a mask's cells into a token's channels.
+    """Write a mask's cells into a token's channels.
 
-    Two convolutions average down to cells of 4 pixels, two more put 2 x 2 neighbours side by side.
-    Each value travels as two channels, itself and its negative: GELU(x) - GELU(-x) is x.
+    Two convolutions average to cells of 4 pixels, two more move 2 x 2 neighbours into channels.
+    Each value is a pair of channels, itself and its negative, because GELU(x) - GELU(-x) = x.
     """
     convs = [layer for layer in sampler.encoder if isinstance(layer, nn.Conv2d)]
     norms = [layer for layer in sampler.encoder if not isinstance(layer, nn.Conv2d | nn.GELU)]
@@ -125,11 +125,11 @@ def _attend(
     sketch: Tensor,
     channels: int,
 ) -> None:
-    """Fetch cells from the same place, from what looks alike, and rather from newer frames."""
+    """Attend to the same position, to similar appearance, and more to newer frames."""
     for layer in attention.layers:
         cross = layer.cross_attn_image
         size = cross.internal_dim
-        # rotary pairs: x from fast to slow, then y; the fast half tells places apart
+        # Rotary pairs: x from fast to slow, then y. The fast half distinguishes positions.
         pairs = size // 4
         fast = [2 * p + o for a in (0, pairs) for p in range(a, a + pairs // 2) for o in (0, 1)]
         slow = [2 * p for a in (0, pairs) for p in range(a + pairs // 2, a + pairs)]
@@ -138,10 +138,10 @@ def _attend(
             projection.bias[fast] = _ROTARY_BIAS
             projection.weight.mul_(0.3)
         gain = _CONTENT_GAIN**0.5
-        for row, look in zip(slow, range(len(sketch)), strict=False):
+        for row, index in zip(slow, range(len(sketch)), strict=False):
             _clear([row], cross.q_proj, cross.k_proj)
-            cross.q_proj.weight[row, others] = gain * sketch[look]
-            cross.k_proj.weight[row, CELLS + look] = gain
+            cross.q_proj.weight[row, others] = gain * sketch[index]
+            cross.k_proj.weight[row, CELLS + index] = gain
         age = slow[len(sketch)]
         _clear([age], cross.q_proj, cross.k_proj)
         cross.q_proj.bias[age] = size**0.5
@@ -153,13 +153,13 @@ def _attend(
 
 
 def _unpack(model: SAM2Base, columns: list[int]) -> None:
-    """Spread a token's cells over the decoder's mask; nothing else writes to their channels."""
+    """Unpack a token's cells into the decoder's mask; nothing else writes to their channels."""
     decoder = model.sam_mask_decoder
-    keep_features_clear(model, columns)
+    clear_features(model, columns)
     for layer in decoder.transformer.layers:
         _clear(columns, layer.cross_attn_image_to_token.out_proj)
     first, _, _, second, _ = decoder.output_upscaling
-    # transposed convolutions keep their input channels first
+    # Transposed convolutions have their input channels first.
     first.weight[:, :8] = 0
     first.bias[:8] = 0
     first.weight[columns] = 0

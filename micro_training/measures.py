@@ -1,4 +1,4 @@
-"""Turns answers and truth into the numbers that the bundled model is judged by."""
+"""Compute the measures of the evaluation from answers and ground truth."""
 
 from dataclasses import dataclass
 
@@ -13,21 +13,22 @@ from micro_training.metrics import boundary_f, region_iou
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
-# found again: a mask that overlaps by half, in most of the first frames in view
+# Found again: an IoU of at least a half in most of the first frames in view.
 _FOUND_IOU = 0.5
 _FRAMES_TO_FIND = 8
-# swapped: the mask lies mostly on the look-alike, for as many frames in a row
+# Swapped: most of the mask is on the look-alike for this many frames in a row.
 _FRAMES_OF_SWAP = 3
 
 
 @dataclass(frozen=True, eq=False)
 class ClipResult:
-    """One clip, one kind of prompt.
+    """The measures of one clip with one kind of prompt.
 
-    `j` and `f` are `(N, T - 1)`, objects by frames 1 to T - 1; so are `lost`, answered as not
-    there, and `hidden`, truly not there. `hidden_null` is the share of the occlusion's frames that
-    were answered so, None without an occlusion of 5 to 10 frames; `found` is whether the target
-    was found again after it; `swapped` whether its mask moved to the look-alike, None without one.
+    `j` and `f` are `(N, T - 1)`, objects by frames 1 to T - 1; so are `lost`, answered as absent,
+    and `hidden`, truly not visible. `hidden_null` is the share of the occlusion's frames answered
+    as absent, None without an occlusion of 5 to 10 frames; `found` is whether the target was found
+    again afterwards, None likewise; `swapped` is whether its mask moved to the look-alike, None
+    without a look-alike.
     """
 
     j: Floats
@@ -40,12 +41,12 @@ class ClipResult:
 
 
 def measure_clip(held_out: HeldOut, clip: Clip, answers: list[list[Answer]]) -> ClipResult:
-    """Measure one clip.
+    """Compute the measures of one clip.
 
     Args:
-        held_out: What the clip shows.
-        clip: The clip and its truth.
-        answers: Per frame from frame 1, per object.
+        held_out: Contents of the clip.
+        clip: The clip and its ground truth.
+        answers: By frame from frame 1, and by object.
     """
     truth = np.stack([clip.labels == body + 1 for body in held_out.bodies])
     pairs = [
@@ -60,16 +61,16 @@ def measure_clip(held_out: HeldOut, clip: Clip, answers: list[list[Answer]]) -> 
     hidden_null = found = None
     if run is not None and run[1] - run[0] in HIDDEN_FRAMES:
         hidden_null = float(lost[0, run[0] - 1 : run[1] - 1].mean())
-        back = np.flatnonzero(in_full_view(areas[0])[run[1] :]) + run[1] - 1
-        found = bool((j[0, back[:_FRAMES_TO_FIND]] >= _FOUND_IOU).mean() > 0.5)
+        in_view = np.flatnonzero(in_full_view(areas[0])[run[1] :]) + run[1] - 1
+        found = bool((j[0, in_view[:_FRAMES_TO_FIND]] >= _FOUND_IOU).mean() > 0.5)
     swapped = None
     if held_out.lookalike:
-        twin = clip.labels == clip.roles.index("lookalike") + 1
-        taken = [
-            bool(row[0].mask.any() and (row[0].mask & twin[t]).sum() > row[0].mask.sum() / 2)
+        lookalike = clip.labels == clip.roles.index("lookalike") + 1
+        on_lookalike = [
+            bool(row[0].mask.any() and (row[0].mask & lookalike[t]).sum() > row[0].mask.sum() / 2)
             for t, row in enumerate(answers, start=1)
         ]
-        swapped = _longest_run(taken) >= _FRAMES_OF_SWAP
+        swapped = _longest_run(on_lookalike) >= _FRAMES_OF_SWAP
     return ClipResult(j, f, lost, areas[:, 1:] == 0, hidden_null, found, swapped)
 
 

@@ -1,4 +1,4 @@
-"""Builds the bundled model from its YAML, for training and for measuring, and packs its weights."""
+"""Build the bundled model from its config, and write its checkpoint."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ CONFIG, CHECKPOINT = WEIGHTS / "config.yaml", WEIGHTS / "checkpoint.pt"
 
 
 def build_model() -> SAM2Base:
-    """Build the model with first weights to train from."""
+    """Build the model with the initial weights for training."""
     model = instantiate(OmegaConf.load(CONFIG).model, _recursive_=True)
     assert isinstance(model, SAM2Base)
     set_first_weights(model)
@@ -23,7 +23,7 @@ def build_model() -> SAM2Base:
 
 
 def write_checkpoint(weights: dict[str, Tensor], path: Path) -> None:
-    """Write weights in half precision, in the format that SAM 2 loads."""
+    """Write weights in half precision, in SAM 2's checkpoint format."""
     half = {
         name: value.detach().cpu().to(torch.float16 if value.is_floating_point() else value.dtype)
         for name, value in weights.items()

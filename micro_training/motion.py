@@ -1,4 +1,4 @@
-"""Smooth motion as functions of time, so that a clip of any length can be made.
+"""Smooth random motion as functions of time, for clips of any length.
 
 Time is in frames (any real number), positions in reference pixels (a 640 x 360 frame), angles in
 radians.
@@ -14,7 +14,7 @@ Floats = npt.NDArray[np.float64]
 
 
 class Path(Protocol):
-    """Where something is at a time."""
+    """A position as a function of time."""
 
     def __call__(self, time: float) -> Floats:
         """Return the `(2,)` position, xy."""
@@ -23,7 +23,7 @@ class Path(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Wave:
-    """A constant plus sines: the smooth, bounded change of one number."""
+    """A constant plus sines: a smooth, bounded change of one number."""
 
     base: float
     amplitudes: Floats
@@ -36,7 +36,7 @@ class Wave:
 
     @property
     def highest(self) -> float:
-        """A bound that the value never exceeds."""
+        """An upper bound of the value."""
         return self.base + float(np.abs(self.amplitudes).sum())
 
 
@@ -51,7 +51,7 @@ def draw_wave(
 
 @dataclass(frozen=True, eq=False)
 class Wander:
-    """Drift about, bounded."""
+    """A bounded drift."""
 
     x: Wave
     y: Wave
@@ -62,7 +62,7 @@ class Wander:
 
 
 def draw_wander(rng: np.random.Generator, frame_wh: Floats, max_speed: float) -> Wander:
-    """Draw a path that starts anywhere in the frame and may leave it and come back."""
+    """Draw a path that starts anywhere in the frame and may leave and re-enter it."""
     waves = []
     for extent in frame_wh:
         swing = rng.uniform(0.1, 0.5) * extent
@@ -73,9 +73,9 @@ def draw_wander(rng: np.random.Generator, frame_wh: Floats, max_speed: float) ->
 
 @dataclass(frozen=True, eq=False)
 class Crossing:
-    """Pass one place at one time, nearly straight, and swing back much later."""
+    """Pass `position` at time `moment`, nearly straight, and swing back much later."""
 
-    place: Floats
+    position: Floats
     moment: float
     speed: float
     swing: float
@@ -84,14 +84,14 @@ class Crossing:
     def __call__(self, time: float) -> Floats:
         """Return the `(2,)` position, xy."""
         x = self.swing * np.sin(self.speed / self.swing * (time - self.moment))
-        return np.add(self.place, (x, self.sway(time) - self.sway(self.moment)))
+        return np.add(self.position, (x, self.sway(time) - self.sway(self.moment)))
 
 
 @dataclass(frozen=True, eq=False)
 class Eclipse:
-    """Slide over another path: approach, cover it for a while, and go on.
+    """Move over another path: approach it, cover it for some time, and move on.
 
-    `slack` is how far off centre it may be and still cover.
+    `slack` is the distance off centre at which it still covers.
     """
 
     target: Path
@@ -107,5 +107,5 @@ class Eclipse:
         half = self.hidden / 2
         inside = np.clip(since / half, -1, 1) * self.slack
         outside = np.sign(since) * max(abs(since) - half, 0.0) * self.speed
-        place: Floats = self.target(time) + self.heading * (inside + outside)
-        return place
+        position: Floats = self.target(time) + self.heading * (inside + outside)
+        return position

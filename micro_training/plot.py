@@ -1,4 +1,4 @@
-"""Draws J over time as a small picture."""
+"""Draw J over time as a small picture."""
 
 from pathlib import Path
 
@@ -16,28 +16,28 @@ def draw_curves(curves: dict[str, list[float]], title: str, path: Path) -> None:
     canvas = np.full((_HEIGHT, _WIDTH, 3), 255, np.uint8)
     frames = max(len(curve) for curve in curves.values())
     for tenth in range(0, 11, 2):
-        y = _place(1, tenth / 10, frames)[1]
+        y = _pixel(1, tenth / 10, frames)[1]
         cv2.line(canvas, (_MARGIN, y), (_WIDTH - _MARGIN, y), _GRID, 1, cv2.LINE_AA)
         _write(canvas, f"{tenth / 10:.1f}", (8, y + 4), _INK)
     for frame in range(5, frames + 1, 5):
-        _write(canvas, str(frame), (_place(frame, 0, frames)[0] - 8, _HEIGHT - 26), _INK)
+        _write(canvas, str(frame), (_pixel(frame, 0, frames)[0] - 8, _HEIGHT - 26), _INK)
     _write(canvas, title, (_MARGIN, 24), _INK)
     _write(canvas, "frame", (_WIDTH // 2 - 20, _HEIGHT - 8), _INK)
     for index, (name, curve) in enumerate(curves.items()):
         colour = _COLOURS_BGR[index % len(_COLOURS_BGR)]
-        corners = [_place(frame, value, frames) for frame, value in enumerate(curve, start=1)]
+        corners = [_pixel(frame, value, frames) for frame, value in enumerate(curve, start=1)]
         cv2.polylines(canvas, [np.array(corners, np.int32)], False, colour, 2, cv2.LINE_AA)  # noqa: FBT003
         _write(canvas, name, (_WIDTH - 220, _HEIGHT - 90 + 20 * index), colour)
     cv2.imwrite(str(path), canvas)
 
 
-def _place(frame: int, value: float, frames: int) -> tuple[int, int]:
+def _pixel(frame: int, value: float, frames: int) -> tuple[int, int]:
     x = _MARGIN + (frame - 1) / max(1, frames - 1) * (_WIDTH - 2 * _MARGIN)
     y = _HEIGHT - _MARGIN - value * (_HEIGHT - 2 * _MARGIN)
     return round(x), round(y)
 
 
 def _write(
-    canvas: npt.NDArray[np.uint8], text: str, where: tuple[int, int], colour: tuple[int, int, int]
+    canvas: npt.NDArray[np.uint8], text: str, corner: tuple[int, int], colour: tuple[int, int, int]
 ) -> None:
-    cv2.putText(canvas, text, where, cv2.FONT_HERSHEY_SIMPLEX, 0.45, colour, 1, cv2.LINE_AA)
+    cv2.putText(canvas, text, corner, cv2.FONT_HERSHEY_SIMPLEX, 0.45, colour, 1, cv2.LINE_AA)

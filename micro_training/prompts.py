@@ -1,4 +1,4 @@
-"""Prompts drawn from true masks: noisy boxes, first clicks and correction clicks."""
+"""Draw prompts from true masks: noisy boxes, first clicks and correction clicks."""
 
 import cv2
 import numpy as np
@@ -13,7 +13,7 @@ NEGATIVE, POSITIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = 0, 1, 2, 3
 
 
 def draw_boxes(masks: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Draw each mask's box, each corner moved as people do.
+    """Draw each mask's box with its corners moved at random, as annotators draw them.
 
     Args:
         masks: `(B, S, S)` bool, none empty.
@@ -39,10 +39,10 @@ def draw_boxes(masks: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]
 def draw_clicks(
     masks: Tensor, predicted: Tensor | None, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Draw one click per object, in the error of the prediction.
+    """Draw one click per object, in the region where the prediction is wrong.
 
     Args:
-        masks: `(B, S, S)` bool, the truth.
+        masks: `(B, S, S)` bool, the ground truth.
         predicted: `(B, S, S)` bool, or None for a first click.
         rng: Source of randomness.
 
@@ -63,7 +63,7 @@ def draw_clicks(
 
 
 def _click(region: Mask, rng: np.random.Generator) -> tuple[float, float]:
-    """Pick the pixel deepest inside, as people do, or half the time any pixel."""
+    """Pick the pixel deepest inside, as annotators do, or half of the time any pixel."""
     if rng.random() < 0.5:
         depth = cv2.distanceTransform(np.pad(region, 1).astype(np.uint8), cv2.DIST_L2, 3)
         row, column = np.unravel_index(int(depth[1:-1, 1:-1].argmax()), region.shape)

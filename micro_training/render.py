@@ -1,4 +1,4 @@
-"""Draws a scene at a time: an RGB frame and a map of which body each pixel shows."""
+"""Draw a scene at a given time: an RGB frame and a map of the body that each pixel shows."""
 
 import cv2
 import numpy as np
@@ -9,7 +9,7 @@ from micro_training.scene import BACKGROUND_MARGIN, FRAME_WH, TEXTURE_SIZE, Body
 
 Image = npt.NDArray[np.uint8]
 
-# fillPoly takes fixed-point corners with this many fractional bits
+# Number of fractional bits of the fixed-point corners for fillPoly.
 _SHIFT = 4
 
 
@@ -19,14 +19,14 @@ def render_frame(
     """Draw one frame.
 
     Args:
-        scene: What to draw.
-        time: When, in frames.
+        scene: The scene.
+        time: In frames.
         size_hw: Size of the frame in pixels, (H, W).
         rng: Source of the sensor noise.
 
     Returns:
         The frame, `(H, W, 3)` uint8 RGB, and the labels, `(H, W)` uint8: 0 for background, i + 1
-        where `scene.bodies[i]` is in front.
+        where `scene.bodies[i]` is visible.
     """
     height, width = size_hw
     view = _view_matrix(scene.camera, time, size_hw)
@@ -80,13 +80,13 @@ def _draw_body(
     if right <= left or bottom <= top:
         return
     cover = np.zeros((bottom - top, right - left), np.uint8)
-    # a pixel covers [i, i + 1), OpenCV puts its centre at i
+    # A pixel covers [i, i + 1); OpenCV puts its centre at i.
     fixed = np.round((corners - (left, top) - 0.5) * (1 << _SHIFT)).astype(np.int32)
     cv2.fillPoly(cover, [fixed], 255, cv2.LINE_AA, _SHIFT)
     widest = float(np.abs(body.outline).max()) * 1.3
     step = widest / (TEXTURE_SIZE / 2)
     if body.role == "occluder" and body.radius == 1.0:
-        # a pillar is far longer than its texture: repeat it
+        # A pillar is far longer than its texture, so the texture repeats.
         step = 1.0
     origin = centre - (left, top) - linear @ np.full(2, step * TEXTURE_SIZE / 2)
     matrix = np.concatenate([linear * step, origin[:, None]], axis=1)
@@ -116,7 +116,7 @@ def _expose(frame: Image, camera: Camera, time: float, rng: np.random.Generator)
         sigma = camera.blur_sigma * frame.shape[0] / FRAME_WH[1]
         frame = np.asarray(cv2.GaussianBlur(frame, (0, 0), sigma), dtype=np.uint8)
     exposed = cv2.convertScaleAbs(frame, alpha=camera.gain(time))
-    # one grain for all frames, shifted at random: fresh noise would cost more than the drawing
+    # One tile of grain for all frames, shifted at random: new noise would take longer than drawing.
     shift = rng.integers(0, camera.grain.shape[0], 2)
     grain = np.roll(camera.grain, shift, axis=(0, 1))
     height, width = frame.shape[:2]

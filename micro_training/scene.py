@@ -1,4 +1,4 @@
-"""Random vector scenes: bodies with outline, texture and motion, and events that hide them."""
+"""Draw random scenes: bodies with outline, texture and motion, and events that hide them."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -20,7 +20,7 @@ from micro_training.textures import Image, draw_background, draw_palette, draw_t
 
 FRAME_WH = np.array([640.0, 360.0])
 TEXTURE_SIZE = 128
-# the background reaches this far beyond the frame, for the camera to move over
+# Part of the frame's size by which the background extends beyond it, for the camera's motion.
 BACKGROUND_MARGIN = 0.3
 _OUTLINE_POINTS = 64
 _GRAIN_SIZE = 160
@@ -48,14 +48,14 @@ class Body:
 
     @property
     def reach(self) -> float:
-        """A radius, in reference pixels, that the body never exceeds."""
+        """An upper bound of the body's radius, in reference pixels."""
         widest = float(np.linalg.norm(self.outline, axis=1).max())
         return self.radius * widest * (1 + float(self.ripples[:, 1].sum())) * self.grow.highest
 
 
 @dataclass(frozen=True, eq=False)
 class Camera:
-    """The camera's pan (reference pixels), zoom and roll (radians) over time, and its picture.
+    """The camera's pan (reference pixels), zoom and roll (radians) over time, and its noise.
 
     `gain` is brightness over time, `blur_sigma` is in pixels, `grain` is a tile of sensor noise,
     `(G, G, 3)` int16 grey levels.
@@ -71,7 +71,7 @@ class Camera:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """Everything a clip shows; `bodies` from back to front, `target` the one the event hides."""
+    """The contents of a clip: `bodies` from back to front; `target` is the body the event hides."""
 
     background: Image
     bodies: tuple[Body, ...]
@@ -92,27 +92,27 @@ def draw_scene(
 
     Args:
         rng: Source of randomness.
-        objects: Number of objects; the first is the one that the event hides.
-        event: What hides it: nothing, a body that slides over it, or a pillar it passes behind.
+        objects: Number of objects; the event hides the first.
+        event: What hides it: nothing, a body that moves over it, or a pillar that it passes behind.
         lookalike: Whether to add a distractor with the first object's texture.
         moment: Time of the middle of the event, in frames.
-        hidden: How long the event hides the object, in frames (roughly).
+        hidden: Approximate time that the object is hidden, in frames.
     """
-    ground = draw_palette(rng)
+    palette = draw_palette(rng)
     size_hw = (int(FRAME_WH[1]), int(FRAME_WH[0] * 0.8))
-    background = draw_background(rng, size_hw, ground)
-    bodies = [_draw_body(rng, ground, radius=rng.uniform(36, 84)) for _ in range(objects)]
-    hider: list[Body] = []
+    background = draw_background(rng, size_hw, palette)
+    bodies = [_draw_body(rng, palette, radius=rng.uniform(36, 84)) for _ in range(objects)]
+    occluders: list[Body] = []
     if event != "none":
-        bodies[0], occluder = _hide(rng, ground, bodies[0], event, moment, hidden)
-        hider = [occluder]
-    twin = [_draw_lookalike(rng, bodies[0])] if lookalike else []
-    # the hidden object is behind; a twin may pass on either side of it
-    others = bodies[1:] + twin
+        bodies[0], occluder = _hide(rng, palette, bodies[0], event, moment, hidden)
+        occluders = [occluder]
+    lookalikes = [_draw_lookalike(rng, bodies[0])] if lookalike else []
+    # The occluder is in front; other bodies may be in front of the hidden object or behind it.
+    others = bodies[1:] + lookalikes
     order = rng.permutation(len(others))
     behind = int(rng.integers(len(others) + 1))
     stack = [others[i] for i in order]
-    layers = (*stack[:behind], bodies[0], *stack[behind:], *hider)
+    layers = (*stack[:behind], bodies[0], *stack[behind:], *occluders)
     still = rng.random() < 0.3
     camera = Camera(
         pan=_draw_pan(rng, 0.0 if still else rng.uniform(5, 60)),
@@ -127,9 +127,9 @@ def draw_scene(
     return Scene(background, layers, camera, target=behind)
 
 
-def _draw_body(rng: np.random.Generator, ground: Floats, radius: float) -> Body:
+def _draw_body(rng: np.random.Generator, background: Floats, radius: float) -> Body:
     texture = draw_texture(
-        rng, (TEXTURE_SIZE, TEXTURE_SIZE), draw_palette(rng, avoid=ground.mean(axis=0))
+        rng, (TEXTURE_SIZE, TEXTURE_SIZE), draw_palette(rng, avoid=background.mean(axis=0))
     )
     return Body(
         role="object",
@@ -201,15 +201,15 @@ def _draw_lookalike(rng: np.random.Generator, original: Body) -> Body:
 
 def _hide(
     rng: np.random.Generator,
-    ground: Floats,
+    background: Floats,
     body: Body,
     event: Event,
     moment: float,
     hidden: float,
 ) -> tuple[Body, Body]:
-    """Give a body the path, and the scene the occluder, that hide it around `moment`."""
+    """Return a body with a path, and an occluder, that hide it around `moment`."""
     small = replace(body, radius=min(body.radius, rng.uniform(36, 60)))
-    cover = _draw_body(rng, ground, radius=1.0)
+    cover = _draw_body(rng, background, radius=1.0)
     still = Wave(1.0, np.zeros(1), np.zeros(1), np.zeros(1))
     calm = np.zeros((1, 4))
     if event == "eclipse":
@@ -224,7 +224,7 @@ def _hide(
             speed=rng.uniform(6, 16),
             heading=np.array([np.cos(angle), np.sin(angle)]),
         )
-        # an inscribed circle of at least 1, whatever the outline
+        # Scaled to an inscribed circle of radius 1 or more, so that any outline covers the target.
         outline = cover.outline / np.linalg.norm(cover.outline, axis=1).min()
         outline = outline * np.minimum(1.0, 1.35 / np.linalg.norm(outline, axis=1, keepdims=True))
         occluder = replace(
@@ -238,12 +238,12 @@ def _hide(
         )
         return target, occluder
     speed = rng.uniform(5, 12) * rng.choice([-1.0, 1.0])
-    place = FRAME_WH * np.array([rng.uniform(0.3, 0.7), rng.uniform(0.25, 0.75)])
+    position = FRAME_WH * np.array([rng.uniform(0.3, 0.7), rng.uniform(0.25, 0.75)])
     sway = draw_wave(rng, 0.0, rng.uniform(0, 40), 0.1)
-    target = replace(small, path=Crossing(place, moment, speed, rng.uniform(200, 300), sway))
+    target = replace(small, path=Crossing(position, moment, speed, rng.uniform(200, 300), sway))
     half_width = 0.85 * target.reach + abs(speed) * hidden / 2
     lean = rng.uniform(-0.15, 0.15)
-    post = Wander(Wave(place[0], *[np.zeros(1)] * 3), Wave(FRAME_WH[1] / 2, *[np.zeros(1)] * 3))
+    post = Wander(Wave(position[0], *[np.zeros(1)] * 3), Wave(FRAME_WH[1] / 2, *[np.zeros(1)] * 3))
     corners = np.array(
         [[-half_width, -600], [half_width, -600], [half_width, 600], [-half_width, 600]]
     )

@@ -1,4 +1,4 @@
-"""Random textures for synthetic clips; knows nothing about shapes or motion."""
+"""Draw random colours, textures and backgrounds for synthetic clips."""
 
 import cv2
 import numpy as np
@@ -15,8 +15,8 @@ def draw_palette(rng: np.random.Generator, avoid: Floats | None = None) -> Float
 
     Args:
         rng: Source of randomness.
-        avoid: `(3,)` colour in 0..255 to stay away from (a camouflaged object teaches little), or
-            None.
+        avoid: `(3,)` colour in 0..255 that the palette must differ from, because little is learned
+            from a camouflaged object; or None.
 
     Returns:
         `(2, 3)` float64, 0..255.
@@ -26,7 +26,7 @@ def draw_palette(rng: np.random.Generator, avoid: Floats | None = None) -> Float
         if avoid is None or np.linalg.norm(palette.mean(axis=0) - avoid) > _MIN_COLOUR_DISTANCE:
             break
         palette = rng.uniform(10, 245, (2, 3))
-    # the second colour keeps part of the first, so that one object reads as one thing
+    # The second colour contains part of the first, so that an object looks like one object.
     palette[1] = palette[0] + rng.uniform(0.25, 1.0) * (palette[1] - palette[0])
     return palette
 
@@ -66,7 +66,7 @@ def draw_texture(rng: np.random.Generator, size_hw: tuple[int, int], palette: Fl
 
 
 def draw_background(rng: np.random.Generator, size_hw: tuple[int, int], palette: Floats) -> Image:
-    """Draw a textured background with still clutter, so that being a shape is not being an object.
+    """Draw a textured background with static shapes that are not objects.
 
     Args:
         rng: Source of randomness.

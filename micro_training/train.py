@@ -1,7 +1,10 @@
-"""Trains the bundled model on synthetic clips: `python -m micro_training.train`, on a CPU or a GPU.
+"""Train the bundled model on synthetic clips, on a CPU or a GPU.
 
-On a CPU, processes of one thread each are faster than one of many:
-`OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 -m training.train`. Each draws batches of its own.
+    python -m micro_training.train
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 -m micro_training.train
+
+On a CPU, several processes of one thread each are faster than one process of many threads. Each
+draws its own batches.
 """
 
 import argparse
@@ -22,19 +25,20 @@ from micro_training.losses import Losses, compute_losses
 from micro_training.model import CHECKPOINT, build_model, write_checkpoint
 from micro_training.unroll import PromptKind, Unroller
 
-# The first weights carry masks already, so clips come first; these grow, so that short memory is
-# learnt cheaply before long memory. Boxes and clicks are learnt on the first frames.
+# The initial weights already copy masks, so training starts with clips. They become longer, so
+# that short memory is learned cheaply before long memory. Boxes and clicks are learned on the
+# first frames.
 PHASES = (
-    Phase(share=0.57, frames=3, aged=0, clips=2, mask_prompts=0.7),
-    Phase(share=0.17, frames=8, aged=3, clips=2, mask_prompts=0.7),
-    Phase(share=0.26, frames=12, aged=7, clips=2, mask_prompts=0.7),
+    Phase(share=0.57, frames=3, burn_in=0, clips=2, mask_prompts=0.7),
+    Phase(share=0.17, frames=8, burn_in=3, clips=2, mask_prompts=0.7),
+    Phase(share=0.26, frames=12, burn_in=7, clips=2, mask_prompts=0.7),
 )
 OBJECTS = 3
 PEAK_LEARNING_RATE = 1e-3
 LAST_LEARNING_RATE = 2e-5
 WARM_UP_STEPS = 40
 EMA_DECAY = 0.99
-# masks are compared at half the image's side: logits are at a quarter, the truth at the whole
+# Masks are compared at half the image's side; logits have a quarter of it, the truth all of it.
 LOSS_SIDE = 128
 SAVE_EVERY_STEPS = 50
 LOG_EVERY_STEPS = 10
@@ -50,21 +54,21 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def draw_prompting(rng: np.random.Generator, phase: Phase) -> tuple[PromptKind, int, int]:
-    """Draw how the first frame is prompted: kind, correction clicks, unseen frames after it."""
+    """Draw how the first frame is prompted: kind, correction clicks, skipped frames after it."""
     kind: PromptKind = "mask"
     if rng.random() >= phase.mask_prompts:
         kind = "box" if rng.random() < 0.5 else "click"
     corrections = min(7, int(rng.geometric(0.6)) - 1)
-    # a gap teaches that the prompt's own frame may be long ago
+    # A gap teaches that the prompted frame may be long ago.
     gap = int(rng.integers(1, 40)) if rng.random() < 0.4 else 0
     return kind, corrections, gap
 
 
 class Trainer:
-    """One run: model, optimiser, moving average of the weights, and where they are kept."""
+    """One training run: model, optimiser and moving average of the weights, saved to a folder."""
 
     def __init__(self, *, steps: int, run: Path, device: torch.device) -> None:
-        """Start a run, or take up the one kept in `run`; alike in all processes."""
+        """Start a run, or resume the one saved in `run`; all processes start equal."""
         self.step = 0
         self._steps = steps
         self._run = run
@@ -84,13 +88,13 @@ class Trainer:
 
     def train_step(self, batch: Any) -> Losses:  # noqa: ANN401
         """Take one optimiser step."""
-        # alike in all processes, so that none waits long for the others
+        # Equal in all processes, so that none waits long for the others.
         rng = np.random.default_rng([self.step, 5])
         phase = find_phase(PHASES, self.step / self._steps)
         kind, corrections, gap = draw_prompting(rng, phase)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self._steps)
-        predictions = self._unroller(batch, kind, corrections, gap, phase.aged, rng)
+        predictions = self._unroller(batch, kind, corrections, gap, phase.burn_in, rng)
         losses = compute_losses(predictions, batch.masks.to(self.model.device), LOSS_SIDE)
         self._optimizer.zero_grad()
         losses.total.backward()  # type: ignore[no-untyped-call]  # torch ships none
@@ -102,7 +106,7 @@ class Trainer:
         return losses
 
     def save(self) -> None:
-        """Keep the run, so that a later call takes it up; never leaves a half-written file."""
+        """Save the run so that a later call resumes it; never leaves a half-written file."""
         self._run.mkdir(parents=True, exist_ok=True)
         draft = self._state_path.with_suffix(".draft")
         torch.save(
@@ -123,26 +127,26 @@ class Trainer:
         self._optimizer.load_state_dict(state["optimizer"])
 
     def _share_gradients(self) -> None:
-        """Average the gradients of all processes; a parameter without any counts as zeros."""
+        """Average the gradients of all processes; a missing gradient counts as zeros."""
         if not distributed.is_initialized():
             return
         parameters = list(self.model.parameters())
         flat = torch.cat(
             [
-                (torch.zeros_like(one) if one.grad is None else one.grad).flatten()
-                for one in parameters
+                (torch.zeros_like(value) if value.grad is None else value.grad).flatten()
+                for value in parameters
             ]
         )
         distributed.all_reduce(flat)
         flat /= distributed.get_world_size()
         begin = 0
-        for one in parameters:
-            one.grad = flat[begin : begin + one.numel()].view_as(one)
-            begin += one.numel()
+        for value in parameters:
+            value.grad = flat[begin : begin + value.numel()].view_as(value)
+            begin += value.numel()
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        # a young average forgets its random start faster
+        # Early in the run, the average forgets the initial weights faster.
         decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
         current: dict[str, Tensor] = self.model.state_dict()
         for name, value in self.average.items():
@@ -150,7 +154,7 @@ class Trainer:
 
 
 def join_processes() -> int:
-    """Join the processes that `torchrun` started, if it did; return which one this is."""
+    """Join the processes that `torchrun` started, if any; return the rank of this process."""
     if not distributed.is_torchelastic_launched():
         return 0
     distributed.init_process_group("gloo")
@@ -158,15 +162,15 @@ def join_processes() -> int:
 
 
 def main() -> None:
-    """Train, or go on training, and write the checkpoint."""
+    """Train, or resume training, and write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1650)
-    parser.add_argument("--folder", type=Path, default=Path("training/runs/micro"))
+    parser.add_argument("--folder", type=Path, default=Path("micro_training/runs/micro"))
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
-    # numbers too small for the CPU's fast path slow it down many times
+    # Denormal numbers are many times slower on a CPU.
     torch.set_flush_denormal(True)
     rank = join_processes()
     trainer = Trainer(

@@ -1,1 +1,1 @@
-"""Real servers, replicas and random weights that tests and benchmarks share."""
+"""Servers, replicas, drawn frames and random weights that tests and benchmarks share."""

@@ -1,4 +1,4 @@
-"""CVAT's HTTP API as far as cvat-cli's agents ask for it: functions, their queues, video tasks."""
+"""Serve the part of CVAT's HTTP API that cvat-cli's agents use: functions, queues, video tasks."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ QUEUE = "/api/functions/queues/function:{function:int}"
 
 
 class RequestFailedError(Exception):
-    """An agent said why it could not do a request."""
+    """An agent reported that a request failed; the message is the agent's."""
 
 
 @dataclass(eq=False)
-class Queued:
-    """One request for a function's agents, and who took it."""
+class QueuedRequest:
+    """A request for a function's agents; `agent` is the id of the agent that acquired it."""
 
     function: int
     params: dict[str, Any]
@@ -40,14 +40,14 @@ class Queued:
 
 
 class CvatStub:
-    """A CVAT with video tasks and functions; all requests are interactive ones.
+    """A CVAT server with video tasks and functions; all requests are of the interactive category.
 
     Args:
         tasks: Encoded frames by task id.
 
     Attributes:
-        functions: What was registered, by id.
-        asked: Method and route of every call.
+        functions: The registered functions, by id.
+        asked: Method and route of every call that was served.
     """
 
     def __init__(self, tasks: Mapping[int, Sequence[bytes]]) -> None:
@@ -67,7 +67,7 @@ class CvatStub:
             self._route("GET", "/api/labels", self._labels),
         ]
         self._tasks = tasks
-        self._queue: list[Queued] = []
+        self._queue: list[QueuedRequest] = []
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         config = uvicorn.Config(
@@ -91,8 +91,8 @@ class CvatStub:
         return id_
 
     def submit(self, function: int, **params: Any) -> Future[dict[str, Any]]:
-        """Queue a request as CVAT does when an annotator asks; the answer comes from an agent."""
-        queued = Queued(function, params)
+        """Queue a request as CVAT does for an annotator, and return the agent's answer."""
+        queued = QueuedRequest(function, params)
         self._queue.append(queued)
         return queued.answer
 
@@ -101,7 +101,7 @@ class CvatStub:
     ) -> Route:
         async def endpoint(request: Request) -> Response:
             if request.headers.get("authorization") != f"Bearer {TOKEN}":
-                return JSONResponse({"detail": "who are you?"}, 401)
+                return JSONResponse({"detail": "unknown access token"}, 401)
             self.asked.add((method, path))
             return await answer(request)
 
@@ -114,8 +114,8 @@ class CvatStub:
     async def _create_function(self, request: Request) -> Response:
         function = await request.json()
         if function["kind"] == "interactor":
-            unasked = {"min_neg_points": -1, "startswith_box": False}
-            function = unasked | {"startswith_box_optional": False} | function
+            defaults = {"min_neg_points": -1, "startswith_box": False}
+            function = defaults | {"startswith_box_optional": False} | function
         id_ = self.register(function)
         return JSONResponse(self.functions[id_], 201)
 
@@ -123,15 +123,15 @@ class CvatStub:
         return JSONResponse(self.functions[request.path_params["function"]])
 
     async def _watch(self, _: Request) -> Response:
-        return StreamingResponse(self._news(), media_type="text/event-stream")
+        return StreamingResponse(self._events(), media_type="text/event-stream")
 
-    async def _news(self) -> AsyncIterator[str]:
-        """Tell of each request that was queued, and of those before."""
+    async def _events(self) -> AsyncIterator[str]:
+        """Send an event when requests were queued, at first for those queued before."""
         event = json.dumps({"request_category": CATEGORY})
-        told = 0
+        announced = 0
         while not self._server.should_exit:
-            if len(self._queue) > told:
-                told = len(self._queue)
+            if len(self._queue) > announced:
+                announced = len(self._queue)
                 yield f"event: newrequest\ndata: {event}\n\n"
             await asyncio.sleep(0.005)
 
@@ -161,7 +161,7 @@ class CvatStub:
         queued.answer.set_exception(RequestFailedError(body["exc_info"]))
         return JSONResponse({})
 
-    async def _finished(self, request: Request) -> tuple[Queued, dict[str, Any]]:
+    async def _finished(self, request: Request) -> tuple[QueuedRequest, dict[str, Any]]:
         queued, body = self._queue[request.path_params["queued"]], await request.json()
         assert body.pop("agent_id") == queued.agent, "finished by an agent that did not acquire it"
         return queued, body

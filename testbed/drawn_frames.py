@@ -1,4 +1,4 @@
-"""A short clip with texture and moving things, drawn from a seed; frames as JPEG bytes."""
+"""Draw a short clip with texture and two moving shapes from a seed; frames are JPEG bytes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from shapes import Mask
 SIZE_HW = (180, 320)
 
 
-@functools.cache  # of lists that nobody changes
+@functools.cache  # callers must not change the list
 def jpeg_frames(count: int, *, seed: int = 0, size_hw: tuple[int, int] = SIZE_HW) -> list[bytes]:
-    """Return `count` JPEGs of a blob and a block that move over noise."""
+    """Return `count` JPEGs of a disc (blob) and a rectangle (block) that move over noise."""
     height, width = size_hw
     rng = np.random.default_rng(seed)
     background = cv2.resize(
@@ -48,5 +48,5 @@ def block_mask(size_hw: tuple[int, int] = SIZE_HW) -> Mask:
 
 
 def base64_text(data: bytes) -> str:
-    """Return bytes as CVAT sends images."""
+    """Return bytes in base64, as CVAT sends images."""
     return base64.b64encode(data).decode()

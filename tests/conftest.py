@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,11 @@ import redis
 from state_store import MemoryStateStore, RedisStateStore, StateStore
 from testbed.functions import CONFIG, IMAGE_SIZE, Function
 from testbed.redis_server import RedisServer
+
+
+def pytest_configure() -> None:
+    """Let torch use one thread: threads of several test processes only wait for each other."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

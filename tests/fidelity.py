@@ -1,4 +1,4 @@
-"""Tracks reference objects through the function's handler, the way CVAT calls it."""
+"""Track reference objects through the function's handler, as CVAT calls it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def follow(
             states = dict(zip(tracked, answer["states"], strict=True))
             for index, shape in zip(tracked, answer["shapes"], strict=True):
                 answers[index][number] = None if shape is None else shape["points"]
-        started = [index for index, one in enumerate(objects) if one.frame == number]
+        started = [index for index, obj in enumerate(objects) if obj.frame == number]
         if started:
             prompts = [shape_of(objects[index]) for index in started]
             answer = function.track(images[number], prompts, [])
@@ -38,23 +38,23 @@ def follow(
     return answers
 
 
-def shape_of(one: ReferenceObject) -> dict[str, Any]:
+def shape_of(obj: ReferenceObject) -> dict[str, Any]:
     """Return an object's prompt as CVAT sends it."""
-    if isinstance(one.prompt, tuple):
-        return {"type": "rectangle", "points": list(one.prompt)}
-    return {"type": "mask", "points": encode_cvat_rle(one.prompt)}
+    if isinstance(obj.prompt, tuple):
+        return {"type": "rectangle", "points": list(obj.prompt)}
+    return {"type": "mask", "points": encode_cvat_rle(obj.prompt)}
 
 
 def equal_answers(
-    one: ReferenceObject,
+    obj: ReferenceObject,
     answers: dict[int, list[float] | None],
     expected: dict[int, Mask],
 ) -> list[bool]:
-    """Compare an object's answers, in the order they came, with the reference's masks.
+    """Compare an object's answers, in order, with the reference's masks.
 
-    A mask is compared itself; a rectangle by its mask's box, which stays where the object is lost.
+    A mask is compared directly; a rectangle with its mask's box, the last one while it is lost.
     """
-    last_box: tuple[float, ...] | None = one.prompt if isinstance(one.prompt, tuple) else None
+    last_box: tuple[float, ...] | None = obj.prompt if isinstance(obj.prompt, tuple) else None
     equal = []
     for frame, points in answers.items():
         mask = expected[frame]

@@ -1,4 +1,4 @@
-"""Compares the function with SAM2VideoPredictor at full sizes: `make fidelity CLIP=FOLDER`.
+"""Compare the function with SAM2VideoPredictor at full sizes: `make fidelity CLIP=FOLDER`.
 
 The same comparison as test_fidelity.py, on real frames: tiny and small configs, sensitive random
 weights, 30 frames at 512 px and 18 at 1024 px, three objects (two masks, one box, one of them
@@ -70,9 +70,9 @@ def compare(environment: dict[str, str], frames: list[bytes]) -> bool:
             ours = follow(function, images, objects, backwards=backwards)
             spent_s = time.monotonic() - begin
             direction = "backwards" if backwards else "forwards"
-            for name, one, answers in zip(("mask", "later", "box"), objects, ours, strict=True):
-                expected = reference.track(one, len(frames), backwards=backwards)
-                equal = equal_answers(one, answers, expected)
+            for name, obj, answers in zip(("mask", "later", "box"), objects, ours, strict=True):
+                expected = reference.track(obj, len(frames), backwards=backwards)
+                equal = equal_answers(obj, answers, expected)
                 covered = np.mean([mask.mean() for mask in expected.values()])
                 print(
                     f"{Path(config).stem} {image_size} px {direction} {name}: {sum(equal)} of "

@@ -1,4 +1,4 @@
-"""The reference: sam2's own SAM2ImagePredictor, which needs torchvision as the product does not."""
+"""The reference: sam2's own SAM2ImagePredictor, with its filling of holes as on CUDA."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Logits = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class ReferenceAnswer:
-    """A mask `(H, W)`, its predicted IoU, and its scores `(1, S/4, S/4)` to feed back."""
+    """A mask `(H, W)`, its predicted IoU, and its low_res_logits `(1, S/4, S/4)`."""
 
     mask: Mask
     iou: float
@@ -38,8 +38,8 @@ class ImageReference:
 
     Args:
         config_name: One of sam2's configs, or `micro`.
-        checkpoint: Its weights; of no use for `micro`.
-        image_size: Side of its input; likewise.
+        checkpoint: Its weights; not used for `micro`.
+        image_size: Side of its input; not used for `micro`.
         area: Largest hole to fill and island to remove.
     """
 
@@ -59,7 +59,7 @@ class ImageReference:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated")
             self._predictor = SAM2ImagePredictor(model, max_hole_area=area, max_sprinkle_area=area)
-        # it knows the sizes of its feature maps for 1024 px only
+        # its constructor sets the feature maps' sizes for 1024 px
         side: int = model.image_size
         self._predictor._bb_feat_sizes = [(side // n, side // n) for n in (4, 8, 16)]
 
@@ -68,10 +68,14 @@ class ImageReference:
         self._predictor.set_image(image)
 
     def predict(self, prompt: Prompt, hint: Logits | None = None) -> ReferenceAnswer:
-        """Answer a prompt, refining the scores of an earlier answer if there are any.
+        """Segment a prompt.
 
-        Where the official predictor removes the object as a small island, it is asked again without
-        removing any: the only thing that the function does otherwise.
+        If the official predictor removes the whole object as a small island, it is called again
+        without removing islands: the only difference that the function makes.
+
+        Args:
+            prompt: Clicks and box.
+            hint: low_res_logits of an earlier answer, to refine.
         """
         answer = self._predict(prompt, hint)
         if not answer.mask.any():

@@ -1,4 +1,7 @@
-"""The reference: sam2's own SAM2VideoPredictor on a folder of JPEGs, one session per object."""
+"""The reference: sam2's own SAM2VideoPredictor on a folder of JPEGs, one session per object.
+
+It fills small holes as on CUDA; a plain install of sam2 on a CPU skips that step.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ class Reference:
             device="cpu",
             hydra_overrides_extra=[f"++model.image_size={image_size}"],
         )
-        # Every session encodes the same frames to the same features: once is enough.
+        # All sessions share the frames' features.
         encode = self._predictor.forward_image
         encoded: dict[bytes, Any] = {}
 
@@ -58,16 +61,16 @@ class Reference:
         self._predictor.forward_image = encode_once
 
     def track(
-        self, one: ReferenceObject, frame_count: int, *, backwards: bool = False
+        self, obj: ReferenceObject, frame_count: int, *, backwards: bool = False
     ) -> dict[int, Mask]:
-        """Return the object's masks by frame, its own first, over `frame_count` further frames."""
+        """Return masks by frame, the prompt's frame first, over `frame_count` further frames."""
         with hole_filling():
             state = self._predictor.init_state(str(self._folder))
-            if isinstance(one.prompt, tuple):
-                box = np.array(one.prompt, dtype=np.float32)
-                self._predictor.add_new_points_or_box(state, one.frame, obj_id=0, box=box)
+            if isinstance(obj.prompt, tuple):
+                box = np.array(obj.prompt, dtype=np.float32)
+                self._predictor.add_new_points_or_box(state, obj.frame, obj_id=0, box=box)
             else:
-                self._predictor.add_new_mask(state, one.frame, obj_id=0, mask=one.prompt)
+                self._predictor.add_new_mask(state, obj.frame, obj_id=0, mask=obj.prompt)
             steps = self._predictor.propagate_in_video(
                 state, max_frame_num_to_track=frame_count, reverse=backwards
             )
@@ -76,14 +79,14 @@ class Reference:
 
 @contextmanager
 def hole_filling() -> Iterator[None]:
-    """Give sam2 on a CPU what its CUDA extension does on a GPU, by OpenCV."""
+    """Replace sam2's CUDA extension, which a CPU lacks, by OpenCV."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sam2.utils.misc, "get_connected_components", _connected_components)
         yield
 
 
 def write_frames(folder: Path, frames: Sequence[bytes]) -> Path:
-    """Write JPEGs as the predictor wants them."""
+    """Write JPEGs under the names that the predictor expects."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, frame in enumerate(frames):
         (folder / f"{index:05d}.jpg").write_bytes(frame)
@@ -93,9 +96,9 @@ def write_frames(folder: Path, frames: Sequence[bytes]) -> Path:
 def _connected_components(mask: Any) -> tuple[Any, Any]:
     labels = np.zeros(mask.shape, dtype=np.int32)
     areas = np.zeros(mask.shape, dtype=np.int32)
-    for index, one in enumerate(mask.cpu().numpy().astype(np.uint8)):
-        _, labels[index, 0], stats, _ = cv2.connectedComponentsWithStats(one[0], connectivity=8)
-        of_label = stats[:, cv2.CC_STAT_AREA].copy()
-        of_label[0] = 0
-        areas[index, 0] = of_label[labels[index, 0]]
+    for index, (pixels,) in enumerate(mask.cpu().numpy().astype(np.uint8)):
+        _, labels[index, 0], stats, _ = cv2.connectedComponentsWithStats(pixels, connectivity=8)
+        area_of_label = stats[:, cv2.CC_STAT_AREA].copy()
+        area_of_label[0] = 0
+        areas[index, 0] = area_of_label[labels[index, 0]]
     return torch.from_numpy(labels).to(mask.device), torch.from_numpy(areas).to(mask.device)

@@ -1,4 +1,4 @@
-"""The annotation action for CVAT's UI: its own tests, with a real `local_server.py` behind them."""
+"""Run the tests of the annotation action for CVAT's UI, with a real `local_server.py`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from testbed.drawn_frames import jpeg_frames
+from testbed.forked_replica import ForkedReplica
 from testbed.functions import ROOT, Replica
 from tests.reference import write_frames
 
@@ -23,7 +24,7 @@ SNIPPET = "/etc/nginx/conf.d/sam2_tracker.conf"
 
 @pytest.fixture(scope="module")
 def node() -> str:
-    """The node executable, where everything that its tests use is installed."""
+    """The path of node; skips or fails if anything that the tests need is not installed."""
     found = shutil.which("node") or ""
     need(Path(found).is_file(), "node is missing: install Node.js 20 or newer")
     for program, package in (("/usr/bin/chromium", "chromium"), ("/usr/sbin/nginx", "nginx-light")):
@@ -36,7 +37,7 @@ def node() -> str:
 
 
 def need(present: object, reason: str) -> None:
-    """Skip on a laptop that lacks something, fail in CI."""
+    """Skip if something is missing; fail in CI."""
     if not present:
         (pytest.fail if "CI" in os.environ else pytest.skip)(reason)
 
@@ -49,14 +50,14 @@ def function_server(model_environment: dict[str, str]) -> Iterator[Replica]:
         for name, value in os.environ.items()
         if not name.startswith(("SAM2_", "CVAT_FUNCTIONS_"))
     }
-    server = Replica(clean | model_environment | {"OMP_NUM_THREADS": "1"})
+    server = ForkedReplica(clean | model_environment | {"OMP_NUM_THREADS": "1"})
     server.wait()
     yield server
     server.kill()
 
 
 def run_node(node: str, *arguments: str, **environment: str) -> str:
-    """Run node in `cvat_ui`; what it printed is the reason where it fails."""
+    """Run node in `cvat_ui` and return what it prints; that is also shown if it fails."""
     result = subprocess.run(
         [node, *arguments],
         cwd=UI,
@@ -70,11 +71,11 @@ def run_node(node: str, *arguments: str, **environment: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("name", ["action", "registering"])
-def test_the_action_holds_in_chromium(
+@pytest.mark.parametrize("name", ["action", "keyframes", "notice", "registering"])
+def test_the_action_works_in_chromium(
     node: str, function_server: Replica, tmp_path: Path, name: str
 ) -> None:
-    """On a page with CVAT's API and the real function behind it, the action does what it says."""
+    """The action's own tests pass on a page with CVAT's API and the real function behind it."""
     frames = write_frames(tmp_path / "frames", jpeg_frames(FRAMES))
     output = run_node(
         node,
@@ -88,8 +89,8 @@ def test_the_action_holds_in_chromium(
     assert "\n# pass 0\n" not in output
 
 
-def test_the_snippet_touches_html_only(node: str) -> None:
-    """Under a real nginx the script tag is in the page, and all else is as it was."""
+def test_the_snippet_changes_html_only(node: str) -> None:
+    """Under a real nginx the script tag is in the page, and other files are unchanged."""
     output = run_node(node, "--test", "tests/nginx.test.js")
 
     assert "\n# skipped 0\n" in output
@@ -97,13 +98,13 @@ def test_the_snippet_touches_html_only(node: str) -> None:
 
 
 def test_the_action_is_typed_and_lint_clean(node: str) -> None:
-    """TypeScript and ESLint find nothing to say about it."""
+    """TypeScript and ESLint report nothing."""
     run_node(node, "node_modules/typescript/bin/tsc")
     run_node(node, "node_modules/eslint/bin/eslint.js", "--max-warnings=0", ".")
 
 
-def test_every_way_in_mounts_the_same_two_files() -> None:
-    """Compose, chart values and patch put script and snippet where the nginx test has them."""
+def test_every_deployment_mounts_the_same_two_files() -> None:
+    """Compose file, chart values and patch mount the script and the snippet to the same paths."""
     compose = yaml.safe_load((UI / "compose.cvat-ui.yml").read_text())
     assert list(compose["services"]) == ["cvat_ui"]
     assert list(compose["services"]["cvat_ui"]) == ["volumes"]  # nothing is replaced
@@ -121,13 +122,13 @@ def test_every_way_in_mounts_the_same_two_files() -> None:
     assert pod["volumes"][0]["configMap"]["name"] == maps[0]["name"]
     volume_mounts = pod["containers"][0]["volumeMounts"]
     assert volume_mounts == frontend["additionalVolumeMounts"]
-    assert [(one["mountPath"], one["subPath"]) for one in volume_mounts] == [
+    assert [(mount["mountPath"], mount["subPath"]) for mount in volume_mounts] == [
         (target, Path(target).name) for _, target, _ in mounts
     ]
 
 
-def test_the_action_is_named_as_the_function_is() -> None:
-    """What the tests look for in the window is the name in the function files."""
+def test_the_action_has_the_name_of_the_function() -> None:
+    """The tests look for the action by the name in the function files."""
     name = yaml.safe_load((ROOT / "function.yaml").read_text())["metadata"]["annotations"]["name"]
 
     assert f"export const NAME = '{name}';" in (UI / "tests" / "harness.js").read_text()

@@ -1,8 +1,8 @@
 """Masks through the handler and a real Redis equal SAM2VideoPredictor's, bit for bit.
 
-The weights are random and scaled to react to the smallest inexactness (see random_weights.py), so
-a wrong rounding, a missing memory or a shifted time would not go unseen. The full sizes are in
-fidelity_full.py.
+The reference fills small holes as on CUDA. The weights are random and scaled to amplify small
+differences (see random_weights.py): a wrong rounding, a missing memory or a shifted frame number
+changes masks. The full sizes are in fidelity_full.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from testbed.redis_server import RedisServer
 from tests.fidelity import equal_answers, follow
 from tests.reference import Reference, ReferenceObject, write_frames
 
-FRAMES = 18  # more than SAM 2 remembers, and enough that their number has no effect
+FRAMES = 18  # more than SAM 2 attends to, and enough that their number has no effect
 SMALL_CONFIG = "configs/sam2.1/sam2.1_hiera_s.yaml"
 
 
@@ -60,21 +60,21 @@ def test_all_objects_at_once_equal_one_session_each(
     frames = [base64_text(frame) for frame in jpeg_frames(FRAMES)]
     ours = follow(function, frames, OBJECTS)
 
-    for one, masks in zip(OBJECTS, ours, strict=True):
-        expected = reference.track(one, FRAMES)
-        assert_equal_answers(one, masks, expected)
+    for obj, masks in zip(OBJECTS, ours, strict=True):
+        expected = reference.track(obj, FRAMES)
+        assert_equal_answers(obj, masks, expected)
 
 
 def test_tracking_backwards_equals_a_reverse_session(
     function_and_reference: tuple[Function, Reference],
 ) -> None:
-    """Feeding the frames in falling order is the official `reverse=True`."""
+    """Frames in descending order equal the official `reverse=True`."""
     function, reference = function_and_reference
     frames = [base64_text(frame) for frame in jpeg_frames(FRAMES)]
-    one = ReferenceObject(blob_mask(), frame=9)
-    (masks,) = follow(function, frames, [one], backwards=True)
+    obj = ReferenceObject(blob_mask(), frame=9)
+    (masks,) = follow(function, frames, [obj], backwards=True)
 
-    assert_equal_answers(one, masks, reference.track(one, FRAMES, backwards=True))
+    assert_equal_answers(obj, masks, reference.track(obj, FRAMES, backwards=True))
 
 
 @pytest.mark.parametrize(
@@ -91,18 +91,18 @@ def test_odd_masks_start_as_the_predictor_starts(
     """Thin, full and ragged prompts go through the same resizing and hole filling."""
     function, reference = function_and_reference
     frames = [base64_text(frame) for frame in jpeg_frames(FRAMES)]
-    one = ReferenceObject(mask)
-    (masks,) = follow(function, frames[:4], [one])
+    obj = ReferenceObject(mask)
+    (masks,) = follow(function, frames[:4], [obj])
 
-    assert_equal_answers(one, masks, reference.track(one, 3))
+    assert_equal_answers(obj, masks, reference.track(obj, 3))
 
 
 def assert_equal_answers(
-    one: ReferenceObject, answers: dict[int, list[float] | None], expected: dict[int, Mask]
+    obj: ReferenceObject, answers: dict[int, list[float] | None], expected: dict[int, Mask]
 ) -> None:
-    """Compare answered points with masks, frame by frame behind the prompt."""
-    assert set(answers) == set(expected) - {one.frame}
-    assert all(equal_answers(one, answers, expected))
-    # Masks of nothing or of everything would agree too easily.
-    telling = [0 < mask.mean() < 1 for mask in expected.values()]
-    assert np.mean(telling) > 0.5
+    """Compare answered points with masks on all frames after the prompt's."""
+    assert set(answers) == set(expected) - {obj.frame}
+    assert all(equal_answers(obj, answers, expected))
+    # empty and full masks would be equal too easily
+    partial = [0 < mask.mean() < 1 for mask in expected.values()]
+    assert np.mean(partial) > 0.5

@@ -462,7 +462,7 @@ def test_cpu_and_gpu_images_are_built_alike() -> None:
     assert gpu["SAM2_MODEL_ID"] == cpu["SAM2_MODEL_ID"] == DEFAULT_MODEL_ID
     assert cpu["TORCH_INDEX"] == "https://download.pytorch.org/whl/cpu"
     assert re.fullmatch(r"https://download\.pytorch\.org/whl/cu12\d", gpu["TORCH_INDEX"])
-    # the same commands, except for the check of the wheel
+    # the same commands, except for the check of the wheel and the compiler for SAM2_COMPILE
     assert_line = re.compile(r'&& python -c ".*"')
     commands = [
         [assert_line.sub("", " ".join(command.split())).strip() for command in image_commands]
@@ -471,7 +471,29 @@ def test_cpu_and_gpu_images_are_built_alike() -> None:
             [*directives(GPU, "preCopy", "RUN"), *directives(GPU, "postCopy", "RUN")],
         )
     ]
-    assert commands[0] == commands[1]
+    (compiler,) = (command for command in commands[1] if command.startswith("apt-get"))
+    assert commands[0] == [command for command in commands[1] if command != compiler]
+
+
+def test_gpu_image_has_the_compiler_that_sam2_compile_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installed while the image is built as root, it is one that the start-up looks for."""
+    import torch
+
+    from model_loader import require_compiler
+
+    (install,) = (
+        command for command in directives(GPU, "preCopy", "RUN") if command.startswith("apt-get")
+    )
+    for package in install.partition("--no-install-recommends")[2].partition("&&")[0].split():
+        (tmp_path / package).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+
+    require_compiler(torch.device("cuda"))
+    assert "libc6-dev" in install
+    assert install.endswith("rm -rf /var/lib/apt/lists/*")
 
 
 def test_gpu_yaml_copies_from_nuclios_build_context() -> None:

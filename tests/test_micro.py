@@ -1,4 +1,4 @@
-"""The bundled model, through the function's own handler, against the truth of held-out clips."""
+"""The bundled model, through the function's own handler, against ground truth of held-out clips."""
 
 import numpy as np
 import pytest
@@ -13,26 +13,26 @@ from shapes import ShapeType
 CLIPS = 3
 FRAMES = 11
 # Measured: 0.84 and 0.81, mean J of frames 1 to 10 of these clips.
-BARS = {ShapeType.MASK: 0.78, ShapeType.RECTANGLE: 0.74}
+LOWEST_J = {ShapeType.MASK: 0.78, ShapeType.RECTANGLE: 0.74}
 
 
 @pytest.fixture(scope="module")
 def client() -> FunctionClient:
-    """The function with the micro weights."""
+    """The function with the bundled weights."""
     return FunctionClient()
 
 
 @pytest.fixture(scope="module")
 def clips() -> list[tuple[HeldOut, Clip]]:
-    """The clips, with what to follow on each."""
+    """The clips, each with the objects to track."""
     return [(held_out, held_out.make()) for held_out in choose_held_out(CLIPS)]
 
 
-@pytest.mark.parametrize("kind", BARS)
+@pytest.mark.parametrize("kind", LOWEST_J)
 def test_objects_are_followed(
     client: FunctionClient, clips: list[tuple[HeldOut, Clip]], kind: ShapeType
 ) -> None:
-    """Masks keep to their objects for the first frames, from a mask as from a box."""
+    """Masks stay on their objects over the first frames, from a mask and from a box."""
     overlaps: list[float] = []
     for held_out, clip in clips:
         masks = [clip.mask(0, body) for body in held_out.bodies]
@@ -43,13 +43,13 @@ def test_objects_are_followed(
             for answer, body in zip(row, held_out.bodies, strict=True)
         ]
 
-    assert np.mean(overlaps) >= BARS[kind]
+    assert np.mean(overlaps) >= LOWEST_J[kind]
 
 
 def test_a_hidden_object_is_lost_and_found_again(
     client: FunctionClient, clips: list[tuple[HeldOut, Clip]]
 ) -> None:
-    """Behind the occluder the answer is null, and the object's own mask comes back after it."""
+    """Behind the occluder the answer is null; after it the mask is on the object again."""
     held_out, clip = clips[0]  # with a look-alike in view
     masks = [clip.mask(0, body) for body in held_out.bodies]
     answers = client.follow(clip.frames, masks, [ShapeType.MASK] * len(masks))

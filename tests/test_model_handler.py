@@ -1,4 +1,4 @@
-"""The model room by itself: batches, holes, purity, devices."""
+"""The model without store and requests: batches, small holes, immutable states, input pixels."""
 
 from __future__ import annotations
 
@@ -12,16 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from errors import SettingsError
-from model_handler import (
-    IMAGE_MEAN,
-    IMAGE_STD,
-    FrameFeatures,
-    ModelHandler,
-    ObjectOutput,
-    fill_holes,
-)
-from model_loader import compile_network, load_model, pick_device
+from mask_regions import fill_holes
+from model_handler import IMAGE_MEAN, IMAGE_STD, FrameFeatures, ModelHandler, ObjectOutput
+from model_loader import compile_network, load_model
 from settings import Settings
 from shapes import ShapeType
 from testbed.drawn_frames import SIZE_HW, blob_mask, block_mask, jpeg_frames
@@ -51,13 +44,13 @@ def load(checkpoint: Path) -> Callable[[int], ModelHandler]:
 
 
 class Track:
-    """Objects of one model, followed by hand."""
+    """Objects of one model, tracked without a store."""
 
     def __init__(self, model: ModelHandler) -> None:
         self.model = model
         self.memories: dict[str, torch.Tensor] = {}
 
-    def begin(self, name: str, output: ObjectOutput) -> TrackState:
+    def start(self, name: str, output: ObjectOutput) -> TrackState:
         """Return the state after the object's first frame."""
         frame = PastFrame(f"{name}0", 0, output.obj_ptr)
         self.memories[frame.id] = output.memory
@@ -66,7 +59,7 @@ class Track:
     def step(
         self, features: FrameFeatures, states: Sequence[TrackState]
     ) -> tuple[list[ObjectOutput], list[TrackState]]:
-        """Return what the model finds on the next frame, and the states after it."""
+        """Return the model's outputs on the next frame, and the states after it."""
         outputs = self.model.step(features, states, self.memories)
         after = []
         for state, output in zip(states, outputs, strict=True):
@@ -85,29 +78,29 @@ def features_of(model: ModelHandler, index: int) -> FrameFeatures:
 def test_a_batch_computes_what_one_at_a_time_computes(
     load: Callable[[int], ModelHandler],
 ) -> None:
-    """One step from equal states differs by rounding only, in any mixture of ages."""
+    """One step from equal states differs by rounding only, whatever the objects' ages."""
     single, batched = load(1), load(8)
     track = Track(single)
-    older = track.begin(
+    older = track.start(
         "a", single.start_from_mask(features_of(single, 0), single.mask_prompt(blob_mask()))
     )
     _, (older,) = track.step(features_of(single, 1), [older])
-    first = track.begin(
+    first = track.start(
         "b", single.start_from_mask(features_of(single, 1), single.mask_prompt(blob_mask()))
     )
-    second = track.begin(
+    second = track.start(
         "c", single.start_from_mask(features_of(single, 1), single.mask_prompt(block_mask()))
     )
-    third = track.begin("d", single.start_from_box(features_of(single, 1), (30, 60, 90, 120)))
+    third = track.start("d", single.start_from_box(features_of(single, 1), (30, 60, 90, 120)))
     states = [first, older, second, third]
 
     alone = single.step(features_of(single, 2), states, track.memories)
     together = batched.step(features_of(batched, 2), states, track.memories)
 
-    for one, other in zip(alone, together, strict=True):
-        assert torch.allclose(one.low_res_logits, other.low_res_logits, rtol=0, atol=1e-4)
-        assert torch.allclose(one.obj_ptr, other.obj_ptr, rtol=0, atol=1e-4)
-        assert one.memory.shape == other.memory.shape == single.memory_shape
+    for output, expected in zip(together, alone, strict=True):
+        assert torch.allclose(output.low_res_logits, expected.low_res_logits, rtol=0, atol=1e-4)
+        assert torch.allclose(output.obj_ptr, expected.obj_ptr, rtol=0, atol=1e-4)
+        assert output.memory.shape == expected.memory.shape == single.memory_shape
 
 
 def test_a_compiled_network_computes_the_same() -> None:
@@ -119,25 +112,26 @@ def test_a_compiled_network_computes_the_same() -> None:
     compile_network(compiled._model, backend="eager", fullgraph=True)  # builds no kernels
     track = Track(plain)
     states = [
-        track.begin(name, plain.start_from_mask(features_of(plain, 0), plain.mask_prompt(mask)))
+        track.start(name, plain.start_from_mask(features_of(plain, 0), plain.mask_prompt(mask)))
         for name, mask in (("a", blob_mask()), ("b", block_mask()))
     ]
-    expected = plain.step(features_of(plain, 1), states, track.memories)
-    found = compiled.step(features_of(compiled, 1), states, track.memories)
+    outputs = compiled.step(features_of(compiled, 1), states, track.memories)
 
-    for one, other in zip(expected, found, strict=True):
-        assert torch.allclose(one.low_res_logits, other.low_res_logits, rtol=0, atol=1e-4)
+    for output, expected in zip(
+        outputs, plain.step(features_of(plain, 1), states, track.memories), strict=True
+    ):
+        assert torch.allclose(output.low_res_logits, expected.low_res_logits, rtol=0, atol=1e-4)
 
 
 def test_answers_come_in_the_order_of_the_states(load: Callable[[int], ModelHandler]) -> None:
     """Grouping by layout does not shuffle objects."""
     model = load(8)
     track = Track(model)
-    old = track.begin(
+    old = track.start(
         "a", model.start_from_mask(features_of(model, 0), model.mask_prompt(blob_mask()))
     )
     _, (old,) = track.step(features_of(model, 1), [old])
-    young = track.begin(
+    young = track.start(
         "b", model.start_from_mask(features_of(model, 1), model.mask_prompt(block_mask()))
     )
     features = features_of(model, 2)
@@ -153,7 +147,7 @@ def test_a_step_leaves_its_state_as_it_was(load: Callable[[int], ModelHandler]) 
     """The same state steps twice to the same bits."""
     model = load(1)
     track = Track(model)
-    state = track.begin(
+    state = track.start(
         "a", model.start_from_mask(features_of(model, 0), model.mask_prompt(blob_mask()))
     )
     before = track.memories["a0"].clone()
@@ -166,14 +160,14 @@ def test_a_step_leaves_its_state_as_it_was(load: Callable[[int], ModelHandler]) 
 
 
 def test_a_known_frame_is_not_encoded_again(load: Callable[[int], ModelHandler]) -> None:
-    """The second request on a frame finds its features."""
+    """The second request on a frame uses the cached features."""
     model = load(1)
     features = features_of(model, 0)
 
-    def unwanted() -> torch.Tensor:
+    def fail() -> torch.Tensor:
         raise AssertionError("decoded again")
 
-    assert model.encode_frame("0", SIZE_HW, unwanted) is features
+    assert model.encode_frame("0", SIZE_HW, fail) is features
 
 
 def test_small_holes_become_foreground() -> None:
@@ -190,14 +184,14 @@ def test_small_holes_become_foreground() -> None:
 
 
 def test_no_hole_leaves_the_logits_alone() -> None:
-    """Nothing is copied where nothing is to be filled."""
+    """They are not copied if there is nothing to fill."""
     logits = torch.ones(1, 1, 8, 8)
 
     assert fill_holes(logits, 8) is logits
 
 
 def test_an_area_of_zero_fills_nothing() -> None:
-    """As SAM 2's own setting does."""
+    """As SAM 2's own setting."""
     logits = torch.ones(1, 1, 8, 8)
     logits[0, 0, 4, 4] = -1.0
 
@@ -205,7 +199,7 @@ def test_an_area_of_zero_fills_nothing() -> None:
 
 
 def test_full_size_masks_have_the_size_of_the_frame(load: Callable[[int], ModelHandler]) -> None:
-    """Whatever the model's input size is."""
+    """Whatever the model's input size."""
     model = load(1)
     features = features_of(model, 0)
     mask = model.full_size_mask(
@@ -218,30 +212,22 @@ def test_full_size_masks_have_the_size_of_the_frame(load: Callable[[int], ModelH
 
 
 def test_pixels_enter_the_network_as_in_sam2(load: Callable[[int], ModelHandler]) -> None:
-    """Every shade of every colour, to the bit and in the same order in memory."""
+    """Every value of every channel, to the bit and with the same strides."""
     model = load(1)
     noise = np.random.default_rng(0).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     encode = model._model.forward_image
-    seen = []
+    inputs = []
 
-    def listen(pixels: torch.Tensor) -> Any:
-        seen.append(pixels)
+    def record(pixels: torch.Tensor) -> Any:
+        inputs.append(pixels)
         return encode(pixels)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model._model, "forward_image", listen)
+        patch.setattr(model._model, "forward_image", record)
         model.encode_frame("", noise.shape[:2], lambda: model.pixels(Image.fromarray(noise)))
     expected = torch.from_numpy(noise / 255.0).permute(2, 0, 1).float()
     expected -= torch.tensor(IMAGE_MEAN)[:, None, None]
     expected /= torch.tensor(IMAGE_STD)[:, None, None]
 
-    assert torch.equal(seen[0][0], expected)
-    assert seen[0][0].stride() == expected.stride()
-
-
-def test_cuda_on_a_machine_without_is_refused_with_what_to_do() -> None:
-    """The function does not fall back to a CPU unasked."""
-    absent = f"cuda:{torch.cuda.device_count()}"
-
-    with pytest.raises(SettingsError, match=r"SAM2_DEVICE='cuda:\d+': PyTorch .* sees \d+"):
-        pick_device(absent)
+    assert torch.equal(inputs[0][0], expected)
+    assert inputs[0][0].stride() == expected.stride()

@@ -1,4 +1,4 @@
-"""SAM 2 in fewer operations is still SAM 2: equal but for rounding, whatever came before."""
+"""The faster CPU modules equal SAM 2's own but for rounding, in any order of requests."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from micro_training.function_client import FunctionClient
 from micro_training.held_out import choose_held_out
 from micro_training.metrics import region_iou
 from model_handler import FrameFeatures, ModelHandler, ObjectOutput
-from model_loader import load_model
-from rearranged import RearrangedMemoryAttention, _InStrips, _RunningSoftmax, rearrange
+from model_loader import PREDICTOR_OPTIONS, load_model
+from rearranged import RearrangedMemoryAttention, _OnlineSoftmax, _StripwiseBlock, rearrange
 from settings import Settings
 from shapes import ShapeType, mask_to_box
 from testbed.drawn_frames import SIZE_HW, blob_mask, block_mask, jpeg_frames
 from testbed.functions import CONFIG, IMAGE_SIZE
-from testbed.random_weights import write_checkpoint
+from testbed.random_weights import make_sensitive
 from track_state import PastFrame, TrackState
 
 FRAMES = 18  # more than SAM 2 remembers
 
 
-def load(checkpoint: Path, *, bit_exact: bool, config: str = CONFIG) -> ModelHandler:
-    """Load a test model, whose weights react to the smallest inexactness."""
+def load(checkpoint: Path, *, bit_exact: bool) -> ModelHandler:
+    """Load a test model with weights that amplify small differences."""
     return load_model(
         Settings(
-            config=config,
+            config=CONFIG,
             checkpoint=str(checkpoint),
             image_size=IMAGE_SIZE,
             device="cpu",
@@ -54,22 +54,30 @@ def exact(checkpoint: Path) -> ModelHandler:
 
 @pytest.fixture(scope="module")
 def rearranged(checkpoint: Path) -> ModelHandler:
-    """The same weights in fewer operations."""
+    """The same weights in the faster modules."""
     return load(checkpoint, bit_exact=False)
 
 
 @pytest.fixture(scope="module", params=["t", "s", "b+", "l"])
-def both(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[ModelHandler, ModelHandler]:
-    """Each size of SAM 2.1: its own modules, and the same weights in fewer operations."""
-    config = f"configs/sam2.1/sam2.1_hiera_{request.param}.yaml"
-    checkpoint = write_checkpoint(config, tmp_path_factory.mktemp("weights") / "weights.pt")
-    own = load(checkpoint, bit_exact=True, config=config)
-    checkpoint.unlink()  # up to 0.9 GB, which pytest would keep
+def both(request: pytest.FixtureRequest) -> tuple[ModelHandler, ModelHandler]:
+    """Each size of SAM 2.1: its own modules, and the same weights in the faster modules."""
+    config = OmegaConf.load(
+        Path(sam2.__path__[0]) / f"configs/sam2.1/sam2.1_hiera_{request.param}.yaml"
+    )
+    options = OmegaConf.merge(config.model, PREDICTOR_OPTIONS, {"image_size": IMAGE_SIZE})
+    torch.manual_seed(0)
+    model = instantiate(options, _recursive_=True).eval()
+    make_sensitive(model)
+    own = ModelHandler(model, fingerprint="", batch_objects=1, feature_cache_frames=4)
     rearranged = copy.deepcopy(own)
     rearrange(rearranged._model)
     return own, rearranged
+
+
+@pytest.fixture(scope="module")
+def steps(exact: ModelHandler) -> tuple[list[TrackState], dict[str, torch.Tensor]]:
+    """An object's states after each frame of the clip, and all its frame memories."""
+    return states_along_the_clip(exact)
 
 
 def features_of(model: ModelHandler, index: int) -> FrameFeatures:
@@ -94,11 +102,11 @@ def states_along_the_clip(
     return states, memories
 
 
-def assert_close(one: ObjectOutput, other: ObjectOutput) -> None:
-    """Compare what two models say, but for rounding."""
-    assert torch.allclose(one.low_res_logits, other.low_res_logits, rtol=0, atol=1e-4)
-    assert torch.allclose(one.obj_ptr, other.obj_ptr, rtol=0, atol=1e-4)
-    assert abs(one.object_score - other.object_score) < 1e-4
+def assert_close(output: ObjectOutput, expected: ObjectOutput) -> None:
+    """Compare two models' outputs but for rounding."""
+    assert torch.allclose(output.low_res_logits, expected.low_res_logits, rtol=0, atol=1e-4)
+    assert torch.allclose(output.obj_ptr, expected.obj_ptr, rtol=0, atol=1e-4)
+    assert abs(output.object_score - expected.object_score) < 1e-4
 
 
 def assert_steps_alike(
@@ -107,18 +115,18 @@ def assert_steps_alike(
     state: TrackState,
     memories: dict[str, torch.Tensor],
 ) -> ObjectOutput:
-    """Compare what two models say of the frame after a state's; return the answer."""
-    one, other = (
+    """Compare two models' outputs on the frame after a state's; return the exact one."""
+    expected, output = (
         model.step(features_of(model, state.newest.step + 1), [state], memories)[0]
         for model in (exact, rearranged)
     )
-    assert one.low_res_logits.std() > 0.1  # something to tell apart
-    assert_close(one, other)
-    return one
+    assert expected.low_res_logits.std() > 0.1  # something to tell apart
+    assert_close(output, expected)
+    return expected
 
 
 def test_the_default_is_rearranged(exact: ModelHandler, rearranged: ModelHandler) -> None:
-    """And `SAM2_BIT_EXACT` leaves SAM 2 alone."""
+    """`SAM2_BIT_EXACT` leaves SAM 2's own modules in place."""
     settings = Settings.from_env({})
 
     assert not settings.bit_exact
@@ -131,15 +139,15 @@ def test_the_default_is_rearranged(exact: ModelHandler, rearranged: ModelHandler
 def test_frames_are_encoded_alike(
     both: tuple[ModelHandler, ModelHandler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All levels and the position encoding, also in strips, which small frames have none of."""
+    """All levels and the position encoding, also in strips, which small frames do not need."""
     monkeypatch.setattr("rearranged._STRIP_TOKENS", 16)
     both[1]._features.clear()  # of frames that were encoded whole
-    one, other = (features_of(model, 0) for model in both)
+    expected, features = (features_of(model, 0) for model in both)
 
-    assert torch.equal(one.position_encoding, other.position_encoding)
-    for own, theirs in zip(one.feature_maps, other.feature_maps, strict=True):
-        assert own.std() > 0.01  # something to tell apart
-        assert torch.allclose(own, theirs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(features.position_encoding, expected.position_encoding)
+    for level, expected_level in zip(features.feature_maps, expected.feature_maps, strict=True):
+        assert expected_level.std() > 0.01  # something to tell apart
+        assert torch.allclose(level, expected_level, rtol=1e-4, atol=1e-4)
 
 
 def test_starts_and_the_step_after_are_alike(both: tuple[ModelHandler, ModelHandler]) -> None:
@@ -154,53 +162,62 @@ def test_starts_and_the_step_after_are_alike(both: tuple[ModelHandler, ModelHand
         )
         for model in both
     )
-    for one, other in zip(*starts, strict=True):
-        assert one.low_res_logits.std() > 0.1
-        assert_close(one, other)
-        assert torch.allclose(one.memory, other.memory, rtol=2**-6, atol=1e-3)
-        state = TrackState("", SIZE_HW, ShapeType.MASK, None, (PastFrame("0", 0, one.obj_ptr),))
-        assert_steps_alike(exact, rearranged, state, {"0": one.memory})
+    for expected, output in zip(*starts, strict=True):
+        assert expected.low_res_logits.std() > 0.1
+        assert_close(output, expected)
+        assert torch.allclose(output.memory, expected.memory, rtol=2**-6, atol=1e-3)
+        first = PastFrame("0", 0, expected.obj_ptr)
+        state = TrackState("", SIZE_HW, ShapeType.MASK, None, (first,))
+        assert_steps_alike(exact, rearranged, state, {"0": expected.memory})
 
 
-def test_steps_from_equal_states_are_alike(exact: ModelHandler, rearranged: ModelHandler) -> None:
+def test_steps_from_equal_states_are_alike(
+    exact: ModelHandler,
+    rearranged: ModelHandler,
+    steps: tuple[list[TrackState], dict[str, torch.Tensor]],
+) -> None:
     """With one memory, with some, and with a full memory bank and all object pointers."""
-    states, memories = states_along_the_clip(exact)
+    states, memories = steps
     for index in (1, 3, 9, FRAMES - 1):
         assert_steps_alike(exact, rearranged, states[index - 1], memories)
 
 
 def test_a_second_conditioning_frame_is_attended_to(
-    exact: ModelHandler, rearranged: ModelHandler
+    exact: ModelHandler,
+    rearranged: ModelHandler,
+    steps: tuple[list[TrackState], dict[str, torch.Tensor]],
 ) -> None:
-    """More frame memories than a bank holds without it."""
-    states, memories = states_along_the_clip(exact)
+    """The memory bank then holds one frame memory more."""
+    states, memories = steps
     state = states[9]
     second = replace(state, conditioning=(*state.conditioning, state.past[0]), past=state.past[1:])
     assert len(second.memory_ids) == len(state.memory_ids) + 1
 
     without = assert_steps_alike(exact, rearranged, state, memories)
-    found = assert_steps_alike(exact, rearranged, second, memories)
-    assert not torch.allclose(without.low_res_logits, found.low_res_logits, atol=0.01)
+    with_second = assert_steps_alike(exact, rearranged, second, memories)
+    assert not torch.allclose(without.low_res_logits, with_second.low_res_logits, atol=0.01)
 
 
-def test_what_objects_of_a_frame_share_is_of_that_frame(
-    exact: ModelHandler, rearranged: ModelHandler
+def test_the_shared_self_attention_is_of_the_objects_frame(
+    exact: ModelHandler,
+    rearranged: ModelHandler,
+    steps: tuple[list[TrackState], dict[str, torch.Tensor]],
 ) -> None:
-    """Objects on frames in turn get what each gets by itself."""
-    states, memories = states_along_the_clip(exact)
+    """Objects on alternating frames get what each gets alone."""
+    states, memories = steps
     for index, repeated in ((4, 2), (5, 1), (4, 1)):
         expected = exact.step(features_of(exact, index), [states[3]], memories)
-        found = rearranged.step(features_of(rearranged, index), [states[3]] * repeated, memories)
+        outputs = rearranged.step(features_of(rearranged, index), [states[3]] * repeated, memories)
 
-        for one in found:
-            assert_close(one, expected[0])
-            assert torch.equal(one.low_res_logits, found[0].low_res_logits)
+        for output in outputs:
+            assert_close(output, expected[0])
+            assert torch.equal(output.low_res_logits, outputs[0].low_res_logits)
 
 
 def test_objects_in_a_batch_keep_their_own_memories(
     exact: ModelHandler, rearranged: ModelHandler
 ) -> None:
-    """One forward pass for several objects is as good as one each."""
+    """One forward pass for several objects equals one pass each."""
     states, memories = [], {}
     for name, mask in (("blob", blob_mask()), ("block", block_mask())):
         output = exact.start_from_mask(features_of(exact, 0), exact.mask_prompt(mask))
@@ -208,11 +225,11 @@ def test_objects_in_a_batch_keep_their_own_memories(
         frame = PastFrame(name, 0, output.obj_ptr)
         states.append(TrackState("", SIZE_HW, ShapeType.MASK, None, (frame,)))
     expected = exact.step(features_of(exact, 1), states, memories)
-    found = rearranged._step_batch(features_of(rearranged, 1), states, memories)
+    outputs = rearranged._step_batch(features_of(rearranged, 1), states, memories)
 
     assert not torch.allclose(expected[0].low_res_logits, expected[1].low_res_logits, atol=0.1)
-    for one, other in zip(expected, found, strict=True):
-        assert_close(one, other)
+    for output, expected_output in zip(outputs, expected, strict=True):
+        assert_close(output, expected_output)
 
 
 def test_thirty_frames_on_trained_weights_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,9 +244,9 @@ def test_thirty_frames_on_trained_weights_are_alike(monkeypatch: pytest.MonkeyPa
         answers.append(FunctionClient().follow(clip.frames[:31], masks, kinds))
 
     for exact_row, row in zip(*answers, strict=True):
-        for one, other in zip(exact_row, row, strict=True):
-            assert region_iou(one.mask, other.mask) >= 0.9999
-    assert np.mean([one.mask.any() for row in answers[0] for one in row]) > 0.5
+        for expected, answer in zip(exact_row, row, strict=True):
+            assert region_iou(expected.mask, answer.mask) >= 0.9999
+    assert np.mean([answer.mask.any() for row in answers[0] for answer in row]) > 0.5
 
 
 @pytest.mark.parametrize("q_stride", [None, (2, 2)])
@@ -238,25 +255,25 @@ def test_thirty_frames_on_trained_weights_are_alike(monkeypatch: pytest.MonkeyPa
 def test_a_block_in_strips_is_the_block(
     window_size: int, q_stride: tuple[int, int] | None, batch: int
 ) -> None:
-    """Also where windows reach beyond the edges."""
+    """Also if windows reach beyond the edges."""
     torch.manual_seed(0)
     block = MultiScaleBlock(16, 32, 2, q_stride=q_stride, window_size=window_size).eval()
     tokens = torch.randn(batch, 66, 70, 16)
     pieces: list[int] = []
     block.register_forward_pre_hook(lambda _, given: pieces.append(given[0].shape[1]))
     with torch.inference_mode():
-        strips = _InStrips(block)(tokens)
+        strips = _StripwiseBlock(block)(tokens)
         assert len(pieces) > 1
         assert torch.allclose(strips, block(tokens), rtol=0, atol=1e-5)
 
 
 def test_a_softmax_in_parts_is_the_softmax() -> None:
-    """Also where scores are so large that their powers alone would overflow."""
+    """Also if scores are so large that their powers alone would overflow."""
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(5, 8, generator=generator) * 40
     keys, values = torch.randn(2, 12, 8, generator=generator)
     values, shifts = values[:, :3], torch.randn(5, 3, generator=generator) * 100
-    running = _RunningSoftmax(5, 3)
+    running = _OnlineSoftmax(5, 3)
     for part in range(3):
         few = slice(4 * part, 4 * part + 4)
         running.add(queries, keys[few], values[few], shifts[:, part : part + 1])
@@ -275,8 +292,8 @@ def test_a_softmax_in_parts_is_the_softmax() -> None:
         {"use_obj_ptrs_in_encoder": False, "fixed_no_obj_ptr": False},
     ],
 )
-def test_other_attention_than_sam2s_stays(options: dict[str, object]) -> None:
-    """A config of one's own works as it stands."""
+def test_nonstandard_attention_is_not_replaced(options: dict[str, object]) -> None:
+    """Configs other than SAM 2's own keep working."""
     model = build(options)
     before = model.memory_attention
     rearrange(model)
@@ -292,10 +309,8 @@ def test_other_attention_than_sam2s_stays(options: dict[str, object]) -> None:
         ("image_encoder.neck.fpn_top_down_levels", [2, 3]),
     ],
 )
-def test_fine_levels_are_folded_only_where_nothing_else_takes_them(
-    option: str, value: object
-) -> None:
-    """The features of other necks than SAM 2's stay as they are, too."""
+def test_fine_levels_are_folded_only_if_nothing_else_uses_them(option: str, value: object) -> None:
+    """Features of nonstandard necks stay the same, too."""
     model = build({option: value})
     pixels = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -303,12 +318,12 @@ def test_fine_levels_are_folded_only_where_nothing_else_takes_them(
         rearrange(model)
         after = model.forward_image(pixels)["backbone_fpn"]
 
-    for one, other in zip(before, after, strict=True):
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+    for level, expected in zip(after, before, strict=True):
+        assert torch.allclose(level, expected, rtol=1e-4, atol=1e-5)
 
 
 def build(options: dict[str, object]) -> SAM2Base:
-    """Build the tiny model with options of one's own and PyTorch's first weights."""
+    """Build the tiny model with changed options and PyTorch's initial weights."""
     config = OmegaConf.load(Path(sam2.__path__[0]) / CONFIG)
     for option, value in (options | {"image_size": IMAGE_SIZE}).items():
         OmegaConf.update(config.model, option, value)

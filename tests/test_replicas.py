@@ -1,4 +1,4 @@
-"""Two replicas on one Redis: any of them serves any frame, and a killed one loses nothing."""
+"""Two replicas on one Redis: each serves any frame, and killing one loses nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 from shapes import encode_cvat_rle
 from testbed.drawn_frames import base64_text, blob_mask, block_mask, jpeg_frames
+from testbed.forked_replica import ForkedReplica
 from testbed.functions import Function, Replica
 from testbed.redis_server import RedisServer
 
@@ -29,7 +30,7 @@ def start_replicas(
     environment = os.environ | model_environment | redis_server.environment
 
     def start(count: int) -> list[Replica]:
-        new = [Replica(environment) for _ in range(count)]
+        new: list[Replica] = [ForkedReplica(environment) for _ in range(count)]
         started.extend(new)
         for replica in new:
             replica.wait()
@@ -49,7 +50,7 @@ def prompts() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(function: Function) -> list[list[Any]]:
-    """The answers of one process that nobody disturbs."""
+    """The answers of one process without disturbances."""
     frames = [base64_text(frame) for frame in jpeg_frames(FRAMES)]
     states = function.track(frames[0], prompts(), [])["states"]
     answers = []
@@ -83,10 +84,10 @@ def test_a_killed_replica_costs_one_repeated_request(
     assert answers == undisturbed
 
 
-def test_a_cold_replica_continues_any_track(
+def test_a_new_replica_continues_any_track(
     start_replicas: Callable[[int], list[Replica]], undisturbed: list[list[Any]]
 ) -> None:
-    """A replica that never saw the track reads all of it from Redis."""
+    """A replica with an empty cache reads all of a track from Redis."""
     frames = [base64_text(frame) for frame in jpeg_frames(FRAMES)]
     (first,) = start_replicas(1)
     states = first.track(frames[0], prompts(), [])["states"]
@@ -103,7 +104,7 @@ def test_a_cold_replica_continues_any_track(
 def in_flight(
     replica: Replica, image: str, states: Sequence[str], redis_server: RedisServer
 ) -> Iterator[None]:
-    """Send a request and go on when its states were read, so that it is being computed."""
+    """Send a request and enter the block once its states were read: it is being computed then."""
     body = {"image": image, "shapes": [None] * len(states), "states": list(states)}
     request = replica.client.build_request("POST", "/", json=body)
     content = request.read()
@@ -119,7 +120,7 @@ def in_flight(
             time.sleep(0.001)
         yield
         with suppress(ConnectionResetError):
-            assert connection.recv(1) == b""  # it ended without an answer
+            assert connection.recv(1) == b""  # closed without an answer
 
 
 def reads(redis_server: RedisServer) -> int:

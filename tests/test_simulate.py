@@ -1,3 +1,5 @@
+"""The scaling calculations agree with each other, with the tracker, and with `scaling.json`."""
+
 from __future__ import annotations
 
 import json
@@ -9,22 +11,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import simulate as simulation
-from benchmarks.simulate import (
-    Case,
-    Keeping,
-    MemoryCache,
-    attended_memories,
-    deviation,
-    inputs,
-    main,
-    missing_memories,
-    predict,
-    predict_kept,
-    simulate,
-    simulate_kept,
-    size,
-)
+from benchmarks.scaling_cases import STORED_MEMORIES, STORED_STEPS, Case, Figures, inputs
+from benchmarks.scaling_events import MemoryCache, simulate
+from benchmarks.scaling_formulas import attended_memories, missing_memories, predict
+from benchmarks.scaling_memory import StoredTracks, predict_memory, simulate_memory
+from benchmarks.simulate import base_case, deviation, main, size
 from testbed.redis_server import RedisServer
 
 FAST: dict[str, Any] = {"requests": 1500, "frames": 50}
@@ -53,7 +44,7 @@ def test_closed_form_and_simulation_agree(name: str) -> None:
 
 @pytest.mark.parametrize("replicas", [1, 2, 4, 8])
 def test_reads_are_those_of_random_routing(replicas: int) -> None:
-    """The mean number of frame memories that a replica lacks is within 4 %."""
+    """The mean number of frame memories missing from a replica's cache is within 4 %."""
     case = Case(tracks=replicas, objects=1, replicas=replicas, store_servers=8, requests=4000)
     missing = (1 - simulate(case).warm_share) * attended_memories(case)
 
@@ -61,28 +52,28 @@ def test_reads_are_those_of_random_routing(replicas: int) -> None:
 
 
 @pytest.mark.parametrize("cache_mb", [150, 200, 300, 600])
-def test_a_small_cache_forgets(cache_mb: int) -> None:
-    """The share of warm memories is within 0.06, where the cache holds a step of every track."""
+def test_a_small_cache_drops_memories(cache_mb: int) -> None:
+    """The share of cached memories is within 0.06, if the cache holds a step of every track."""
     case = Case(tracks=60, objects=1, replicas=2, think_s=4, cache_mb=cache_mb, requests=1500)
 
     assert simulate(case).warm_share == pytest.approx(predict(case).warm_share, abs=0.06)
 
 
-def test_what_is_known_exactly() -> None:
-    """One caller waits for nobody; a full replica serves one after the other."""
+def test_a_lone_caller_and_a_full_replica_have_exact_times() -> None:
+    """A lone caller never waits; a full replica serves one request after the other."""
     case = Case(tracks=5, frames=10**5, round_trip_s=0.001, requests=1500)
     size = 5 * (case.memory_bytes + 2 * case.state_bytes)
     held_s = 0.03 + 5 * 0.008 + 3 * 0.001 + size * 8 / 10e9
-    found = simulate(case)
+    figures = simulate(case)
 
-    assert found.answer_s == pytest.approx(held_s, rel=1e-3)
-    assert found.p99_s == pytest.approx(held_s, rel=1e-3)
-    assert found.warm_share > 0.999
+    assert figures.answer_s == pytest.approx(held_s, rel=1e-3)
+    assert figures.p99_s == pytest.approx(held_s, rel=1e-3)
+    assert figures.warm_share > 0.999
     assert simulate(replace(case, tracks=50)).frames_s == pytest.approx(5 / held_s, rel=1e-2)
 
 
 def test_a_seed_gives_one_result() -> None:
-    """And another seed another one."""
+    """Another seed gives another result."""
     case = Case(tracks=50, replicas=4, think_s=0.3, requests=500)
 
     assert simulate(case) == simulate(case)
@@ -92,27 +83,27 @@ def test_a_seed_gives_one_result() -> None:
 @pytest.mark.parametrize("tracks", [10, 1000])
 @pytest.mark.parametrize("service", inputs()["services"])
 def test_sizes_reach_the_pace_they_are_for(service: str, tracks: int) -> None:
-    """Each track gets a frame as often as wanted, with room on replicas and store."""
-    named = inputs()["services"][service]
-    start = replace(simulation.base_case(named), tracks=tracks)
-    found = predict(size(start, named["frame_every_s"]))
+    """Each track gets frames at the wanted pace, and replicas and store are not full."""
+    measured = inputs()["services"][service]
+    start = replace(base_case(measured), tracks=tracks)
+    figures = predict(size(start, measured["frame_every_s"]))
 
-    assert found.frames_s_track * named["frame_every_s"] == pytest.approx(1, rel=0.02)
-    assert found.utilisation < 0.75
-    assert found.store_utilisation < 0.75
-
-
-def test_tracks_left_behind_fill_the_store_as_long_as_they_live() -> None:
-    """Closed form and simulation agree on the memory; a shorter life needs less."""
-    keeping = Keeping(2, clip_s=120, ttl_s=7200)
-
-    assert simulate_kept(keeping, hours=8) == pytest.approx(predict_kept(keeping), rel=0.08)
-    assert predict_kept(replace(keeping, ttl_s=1800)) < 0.4 * predict_kept(keeping)
+    assert figures.frames_s_track * measured["frame_every_s"] == pytest.approx(1, rel=0.02)
+    assert figures.utilisation < 0.75
+    assert figures.store_utilisation < 0.75
 
 
-def test_caches_are_those_of_real_replicas(redis_server: RedisServer) -> None:
-    """Step by step, a simulated replica lacks as many memories as the tracker itself reads."""
-    from benchmarks.store_load import make_tracker, start, step
+def test_abandoned_tracks_fill_the_store_until_they_expire() -> None:
+    """Closed form and simulation agree on the memory; a shorter lifetime needs less."""
+    stored = StoredTracks(2, clip_s=120, ttl_s=7200)
+
+    assert simulate_memory(stored, hours=8) == pytest.approx(predict_memory(stored), rel=0.08)
+    assert predict_memory(replace(stored, ttl_s=1800)) < 0.4 * predict_memory(stored)
+
+
+def test_simulated_caches_miss_what_real_replicas_read(redis_server: RedisServer) -> None:
+    """In every step a simulated cache misses as many memories as the tracker reads."""
+    from benchmarks.store_load import make_tracker, start, step  # imports torch
 
     capacity, shape = 40, (1, 4, 4)
     rng = random.Random(5)
@@ -123,22 +114,23 @@ def test_caches_are_those_of_real_replicas(redis_server: RedisServer) -> None:
             for _ in range(3)
         ]
         for tracker in trackers:
-            load = tracker._store.load_memories
-            tracker._store.load_memories = lambda keys, load=load: (  # type: ignore[method-assign,misc]
+            store = tracker._storage._store
+            load = store.load_memories
+            store.load_memories = lambda keys, load=load: (  # type: ignore[method-assign,misc]
                 read.append(len(keys)) or load(keys)  # type: ignore[func-returns-value]
             )
         caches = [MemoryCache(capacity) for _ in trackers]
         tracks, expected = {}, []
         for track in range(4):
-            place = rng.randrange(3)
-            tracks[track] = (start(trackers[place], 1), 0)
-            caches[place].add(track, 0)
+            replica = rng.randrange(3)
+            tracks[track] = (start(trackers[replica], 1), 0)
+            caches[replica].add(track, 0)
         for _ in range(150):
-            track, place = rng.randrange(4), rng.randrange(3)
-            found, last = tracks[track]
-            expected.append(caches[place].read(track, last + 1))
-            caches[place].add(track, last + 1)
-            tracks[track] = (step(trackers[place], found)[0], last + 1)
+            track, replica = rng.randrange(4), rng.randrange(3)
+            objects, last = tracks[track]
+            expected.append(caches[replica].read(track, last + 1))
+            caches[replica].add(track, last + 1)
+            tracks[track] = (step(trackers[replica], objects)[0], last + 1)
 
     assert read[4:] == expected
     assert 0 in expected
@@ -146,40 +138,39 @@ def test_caches_are_those_of_real_replicas(redis_server: RedisServer) -> None:
 
 
 def test_bytes_and_commands_are_what_the_tracker_sends(tmp_path: Path) -> None:
-    """What scaling.json says of the store was measured on this code."""
-    from benchmarks.store_load import measure
+    """The store's numbers in scaling.json are those of this code."""
+    from benchmarks.store_load import measure  # imports torch
 
     server = RedisServer(tmp_path)
     try:
-        found = measure(server, steps=3)
+        measured = measure(server, steps=3)
     finally:
         server.stop()
     expected = inputs()["store"]
-    case, keeping = Case(), Keeping(1)
+    case, stored = Case(), StoredTracks(1)
 
     for name in ("read_warm", "read_cold", "written"):
-        assert found[name] == pytest.approx(expected[name], abs=64), name  # decimals of ids
+        assert measured[name] == pytest.approx(expected[name], abs=64), name  # decimals of ids
     for name in ("commands_warm", "commands_cold"):
-        assert found[name] == expected[name]
-    assert case.memory_bytes + case.state_bytes == pytest.approx(found["written"], abs=64)
-    assert keeping.active_bytes == pytest.approx(expected["memory_active"], rel=0.001)
-    assert keeping.idle_bytes == pytest.approx(expected["memory_idle"], rel=0.001)
-    kept = simulation.KEPT_MEMORIES * found["memory_frame"]
-    kept += simulation.KEPT_STEPS * found["memory_step"]
-    assert found["memory_active"] == pytest.approx(kept, rel=0.01)
+        assert measured[name] == expected[name]
+    assert case.memory_bytes + case.state_bytes == pytest.approx(measured["written"], abs=64)
+    assert stored.active_bytes == pytest.approx(expected["memory_active"], rel=0.001)
+    assert stored.idle_bytes == pytest.approx(expected["memory_idle"], rel=0.001)
+    active = STORED_MEMORIES * measured["memory_frame"] + STORED_STEPS * measured["memory_step"]
+    assert measured["memory_active"] == pytest.approx(active, rel=0.01)
 
 
 def test_a_case_is_read_from_a_file_and_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Options win over the file; both figures and their deviation are printed."""
+    """Options override the file; both figures and their deviation are printed."""
     path = tmp_path / "case.json"
     path.write_text(json.dumps({"tracks": 10, "objects": 2, "requests": 200}))
     main(["--case", str(path), "--objects", "5"])
     lines = capsys.readouterr().out.splitlines()
     rows: dict[str, Any] = {line.split(" | ")[0].strip("| "): line for line in lines[2:] if line}
 
-    assert set(rows) == {one.name for one in fields(simulation.Figures)}
+    assert set(rows) == {field.name for field in fields(Figures)}
     case = Case(tracks=10, objects=5, requests=200)
     assert f"{simulate(case).frames_s:.4g}" in rows["frames_s"]
     assert f"{predict(case).frames_s:.4g}" in rows["frames_s"]

@@ -54,11 +54,11 @@ def decoded(data: bytes, step_id: str, fingerprint: str = MODEL) -> TrackState:
 def rewritten(data: bytes, *, tensors: Any = None, drop: str = "", **metadata: str) -> bytes:
     """Return a safetensors file with other tensors or metadata."""
     length = struct.unpack("<Q", data[:8])[0]
-    found = json.loads(data[8 : 8 + length])["__metadata__"] | metadata
-    found.pop(drop, None)
+    fields = json.loads(data[8 : 8 + length])["__metadata__"] | metadata
+    fields.pop(drop, None)
     if tensors is None:
         tensors = safetensors.torch.load(data)
-    return safetensors.torch.save(tensors, found)
+    return safetensors.torch.save(tensors, fields)
 
 
 def with_record(data: bytes, **changes: Any) -> bytes:
@@ -69,7 +69,7 @@ def with_record(data: bytes, **changes: Any) -> bytes:
 
 
 def frames(state: TrackState) -> list[tuple[str, int, list[float]]]:
-    """Return what a state remembers, comparable."""
+    """Return a state's frames, comparable."""
     past = state.conditioning + state.past
     return [(frame.id, frame.step, frame.obj_ptr.tolist()) for frame in past]
 
@@ -91,19 +91,19 @@ def test_state_comes_back_from_its_bytes(steps: int, shape_type: str, last_box: 
 
 
 def test_memory_comes_back_bit_for_bit() -> None:
-    """Every finite bfloat16 there is, including subnormal numbers and minus zero."""
+    """Every finite bfloat16, including subnormal numbers and minus zero."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
-    every = bits.view(torch.bfloat16)
-    every = every[torch.isfinite(every)].reshape(2, 255, 128)
-    data = encode_memory(every, frame_id="a", fingerprint=MODEL)
+    memory = bits.view(torch.bfloat16)
+    memory = memory[torch.isfinite(memory)].reshape(2, 255, 128)
+    data = encode_memory(memory, frame_id="a", fingerprint=MODEL)
     again = decode_memory(data, frame_id="a", fingerprint=MODEL, shape=(2, 255, 128))
 
     assert again.dtype == torch.bfloat16
-    assert torch.equal(again.view(torch.int16), every.view(torch.int16))
+    assert torch.equal(again.view(torch.int16), memory.view(torch.int16))
 
 
 def test_memory_may_be_a_view() -> None:
-    """One object of a batch, or a permuted map, is written as what it shows."""
+    """One object of a batch, or a permuted map, is written by its values and without the rest."""
     batch = torch.randn(3, 4, 4, 8).to(torch.bfloat16)
     view = batch[1].permute(2, 0, 1)
     data = encode_memory(view, frame_id="a", fingerprint=MODEL)
@@ -114,8 +114,8 @@ def test_memory_may_be_a_view() -> None:
     assert len(data) == len(whole) < 600  # the one object only
 
 
-def test_state_remembers_what_sam2_attends_to() -> None:
-    """The conditioning frame, fifteen pointers and six memories; never more, however long."""
+def test_state_holds_what_sam2_attends_to() -> None:
+    """The conditioning frame, fifteen pointers and six memories, however long the track."""
     state = track(40)
 
     assert [frame.step for frame in state.past] == list(range(26, 41))
@@ -126,7 +126,7 @@ def test_state_remembers_what_sam2_attends_to() -> None:
     )  # fmt: skip
 
 
-def test_young_track_remembers_all_its_frames() -> None:
+def test_young_track_holds_all_its_frames() -> None:
     """Until the sixth step every frame memory is attended to."""
     state = track(3)
 
@@ -135,20 +135,20 @@ def test_young_track_remembers_all_its_frames() -> None:
 
 
 def test_advancing_leaves_the_old_state_alone() -> None:
-    """States are immutable: two continuations of one state do not see each other."""
+    """States are immutable: two continuations of one state are independent."""
     state = track(20)
     before = frames(state)
-    one = state.advance("one", torch.zeros(POINTER), None)
-    other = state.advance("other", torch.ones(POINTER), (1.0, 1.0, 2.0, 2.0))
+    first = state.advance("first", torch.zeros(POINTER), None)
+    second = state.advance("second", torch.ones(POINTER), (1.0, 1.0, 2.0, 2.0))
 
     assert frames(state) == before
-    assert (one.newest.id, other.newest.id) == ("one", "other")
-    assert (one.last_box, other.last_box) == (None, (1.0, 1.0, 2.0, 2.0))
-    assert one.newest.step == other.newest.step == 21
+    assert (first.newest.id, second.newest.id) == ("first", "second")
+    assert (first.last_box, second.last_box) == (None, (1.0, 1.0, 2.0, 2.0))
+    assert first.newest.step == second.newest.step == 21
 
 
 def test_state_stays_small() -> None:
-    """A step of the real models (256 numbers a pointer) takes some 17 KB."""
+    """A state of the real models (256 numbers per pointer) takes some 17 KB."""
     pointer = torch.zeros(256)
     state = track(0, conditioning=(PastFrame(new_id(), 0, pointer),))
     for _ in range(30):
@@ -158,7 +158,7 @@ def test_state_stays_small() -> None:
 
 
 def test_state_of_another_model_is_told_apart() -> None:
-    """It is not gone, it is somebody else's; the message names both models."""
+    """It is not damaged; the message names both models."""
     state = track(2)
 
     with pytest.raises(StateMismatchError, match=rf"belongs to model {MODEL}, this .* runs other"):
@@ -257,20 +257,22 @@ def test_damaged_memory_is_gone(data: bytes) -> None:
         decode_memory(data, frame_id=ID, fingerprint=MODEL, shape=SHAPE)
 
 
-places = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4)
+byte_changes = st.lists(
+    st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4
+)
 
 
 @pytest.mark.parametrize("data", [DATA, MEMORY], ids=["state", "memory"])
-@given(changes=places, end=st.integers(0, 20), more=st.binary(max_size=8))
+@given(changes=byte_changes, end=st.integers(0, 20), more=st.binary(max_size=8))
 @CHECK
 def test_changed_bytes_never_fail_otherwise(
     data: bytes, changes: list[tuple[int, int]], end: int, more: bytes
 ) -> None:
-    """Whatever the store gives back, it is read or refused in words for the caller."""
+    """Whatever the store returns, it is decoded or refused with an error for the caller."""
     damaged = bytearray(data)
     header = 8 + struct.unpack("<Q", data[:8])[0]
-    for place, value in changes:  # mostly in the header, where it hurts
-        damaged[place % (header if place % 8 else len(data))] = value
+    for position, value in changes:  # mostly in the header, which is parsed
+        damaged[position % (header if position % 8 else len(data))] = value
     damaged = damaged[: len(damaged) - end] + more
     try:
         decoded(bytes(damaged), ID)
@@ -284,7 +286,7 @@ def test_changed_bytes_never_fail_otherwise(
 @given(st.binary(max_size=300))
 @CHECK
 def test_any_bytes_never_fail_otherwise(data: bytes) -> None:
-    """A value of somebody else is refused in words for the caller."""
+    """A value of another program is refused with an error for the caller."""
     with pytest.raises(TrackerError, match="start"):
         decoded(data, ID)
     with pytest.raises(TrackerError, match="start"):

@@ -23,7 +23,8 @@ from clips.cvat_xml import _read_points
 from shapes import encode_cvat_rle
 from testbed.cvat_server import PASSWORD, USER, Call, CvatServer, Picture, Refusal, Task
 from testbed.drawn_frames import blob_mask, jpeg_frames
-from testbed.functions import Replica, micro_environment
+from testbed.forked_replica import ForkedReplica
+from testbed.functions import micro_environment
 from tests.task_desk import Desk, desk_with, shape, without_ids
 
 __all__ = ["desk_with"]  # a fixture
@@ -142,7 +143,7 @@ def test_a_running_function_gives_the_same(
     pictures: list[Picture], desk_with: Callable[[Task], Desk]
 ) -> None:
     """`--url` and this process write the same annotations."""
-    replica = Replica(dict(os.environ))
+    replica = ForkedReplica(dict(os.environ))
     try:
         replica.wait()
         written = []

@@ -1,13 +1,18 @@
-"""The bundled model's promises: its clips, its measures, its files."""
+"""The clips, measures, losses and weights of the bundled model."""
 
+import itertools
+import json
+from pathlib import Path
+
+import cv2
 import numpy as np
 import pytest
 import torch
 
 from micro_training.batches import Batch
 from micro_training.clips import DEMO_SEEDS, HELD_OUT_SEEDS, TRAINING_SEEDS, Script, make_clip
-from micro_training.demo_clip import DEMO_FRAMES, DEMO_SEED, make_demo_clip, write_demo_clip
-from micro_training.held_out import HIDDEN_FRAMES, choose_held_out, hidden_run
+from micro_training.demo_clip import DEMO_FRAMES, DEMO_SEED, write_demo_clip
+from micro_training.held_out import HIDDEN_FRAMES, HeldOut, choose_held_out, hidden_run
 from micro_training.losses import compute_losses
 from micro_training.metrics import boundary_f, region_iou
 from micro_training.model import CHECKPOINT, build_model
@@ -17,8 +22,22 @@ from shapes import Shape, ShapeType, shape_to_mask
 SMALL_HW = (90, 160)
 
 
-def test_a_seed_names_one_clip() -> None:
-    """The same seed draws the same clip, another seed another."""
+@pytest.fixture(scope="module")
+def held_out() -> list[HeldOut]:
+    """The first held-out clip with each kind of occlusion."""
+    return list(choose_held_out(2))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the demo clip."""
+    folder = tmp_path_factory.mktemp("demo")
+    write_demo_clip(folder)
+    return folder
+
+
+def test_a_seed_gives_one_clip() -> None:
+    """The same seed gives the same clip, another seed another clip."""
     first, again, other = (
         make_clip(seed, frames=4, size_hw=SMALL_HW, script=Script()) for seed in (7, 7, 8)
     )
@@ -28,56 +47,55 @@ def test_a_seed_names_one_clip() -> None:
     assert not np.array_equal(first.frames, other.frames)
 
 
-def test_seeds_of_training_measuring_and_demo_never_meet() -> None:
-    """No clip is both trained on and shown or measured."""
+def test_training_evaluation_and_demo_share_no_seeds() -> None:
+    """No clip of the training is evaluated or shown."""
     ranges = (TRAINING_SEEDS, HELD_OUT_SEEDS, DEMO_SEEDS)
 
     assert DEMO_SEED in DEMO_SEEDS
-    for one in ranges:
-        for other in ranges:
-            assert one is other or one.stop <= other.start or other.stop <= one.start
+    for first, second in itertools.combinations(ranges, 2):
+        assert first.stop <= second.start or second.stop <= first.start
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_an_occlusion_hides_the_target_wholly_and_gives_it_back(index: int) -> None:
+def test_an_occlusion_hides_the_target_completely_for_some_frames(
+    held_out: list[HeldOut], index: int
+) -> None:
     """Held-out clips hide their target for 5 to 10 frames, by a body or a pillar."""
-    held_out = list(choose_held_out(index + 1))[index]
-    clip = held_out.make(SMALL_HW)
-    run = hidden_run((clip.labels == held_out.bodies[0] + 1).any(axis=(1, 2)))
+    clip = held_out[index].make(SMALL_HW)
+    run = hidden_run((clip.labels == held_out[index].bodies[0] + 1).any(axis=(1, 2)))
 
     assert run is not None
     assert run[1] - run[0] in HIDDEN_FRAMES
 
 
-def test_the_demo_clip_hides_one_of_its_three_objects() -> None:
-    """The object that is prompted by a mask disappears for some frames, the others stay."""
-    clip, bodies = make_demo_clip()
-    shown = np.stack([(clip.labels == body + 1).any(axis=(1, 2)) for body in bodies])
+def test_the_demo_clip_hides_one_of_its_three_objects(demo: Path) -> None:
+    """The object that starts from a mask disappears for some frames, the others stay."""
+    masks = np.load(demo / "truth.npz")["masks"]
+    visible = masks.any(axis=(2, 3))
+    frames = sorted((demo / "frames").glob("*.jpg"))
+    first = cv2.imread(str(frames[0]))
 
-    assert clip.frames.shape == (DEMO_FRAMES, 360, 640, 3)
-    assert hidden_run(shown[0]) is not None
-    assert shown[1:].all()
+    assert masks.shape == (DEMO_FRAMES, 3, 360, 640)
+    assert first is not None
+    assert first.shape == (360, 640, 3)
+    assert len(frames) == DEMO_FRAMES
+    assert hidden_run(visible[:, 0]) is not None
+    assert visible[:, 1:].all()
 
 
-def test_the_demo_prompts_draw_the_truth_of_the_first_frame(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
+def test_the_demo_shapes_fit_the_ground_truth_of_the_first_frame(demo: Path) -> None:
     """Mask, polygon and box in `shapes.json` agree with `truth.npz`."""
-    import json
-
-    out = tmp_path_factory.mktemp("demo")
-    write_demo_clip(out)
-    prompts = json.loads((out / "shapes.json").read_text())
-    truth = np.load(out / "truth.npz")["masks"]
+    shapes = json.loads((demo / "shapes.json").read_text())
+    truth = np.load(demo / "truth.npz")["masks"][0]
     drawn = [
-        shape_to_mask(Shape(ShapeType(one["type"]), one["points"]), (360, 640)) for one in prompts
+        shape_to_mask(Shape(ShapeType(shape["type"]), shape["points"]), (360, 640))
+        for shape in shapes
     ]
 
-    assert [one["type"] for one in prompts] == ["mask", "polygon", "rectangle"]
-    assert region_iou(drawn[0], truth[0, 0]) == 1.0
-    assert region_iou(drawn[1], truth[0, 1]) > 0.97
-    assert drawn[2][truth[0, 2]].all()
-    assert len(list((out / "frames").glob("*.jpg"))) == len(truth)
+    assert [shape["type"] for shape in shapes] == ["mask", "polygon", "rectangle"]
+    assert region_iou(drawn[0], truth[0]) == 1.0
+    assert region_iou(drawn[1], truth[1]) > 0.97
+    assert drawn[2][truth[2]].all()
 
 
 def _square(left: int, top: int, side: int) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
@@ -96,7 +114,7 @@ def test_j_is_the_overlap() -> None:
     assert region_iou(empty, empty) == 1.0
 
 
-def test_f_forgives_a_shift_within_the_tolerance_only() -> None:
+def test_f_tolerates_only_a_small_shift() -> None:
     """At 100 x 100 pixels outlines may be 2 pixels apart, not more."""
     empty = np.zeros((100, 100), bool)
 
@@ -107,24 +125,24 @@ def test_f_forgives_a_shift_within_the_tolerance_only() -> None:
     assert boundary_f(empty, empty) == 1.0
 
 
-def test_the_losses_prefer_the_truth() -> None:
-    """A right mask of a visible object costs next to nothing, a wrong one or a denial much."""
+def test_the_losses_prefer_the_ground_truth() -> None:
+    """The loss is small for the right mask, large for a wrong mask or a wrong object score."""
     truth = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
     truth[..., 16:48, 16:48] = True
     right = (truth.float() * 20 - 10).expand(1, 3, 64, 64)
     sure = torch.ones(1, 3)
 
-    def cost(masks: torch.Tensor, score: float) -> float:
+    def loss(masks: torch.Tensor, score: float) -> float:
         prediction = Prediction(0, masks, sure, torch.tensor([[score]]))
         return float(compute_losses([prediction], truth, 64).total)
 
-    assert cost(right, 10.0) < 0.01
-    assert cost(-right, 10.0) > 1.0
-    assert cost(right, -10.0) > 1.0
+    assert loss(right, 10.0) < 0.01
+    assert loss(-right, 10.0) > 1.0
+    assert loss(right, -10.0) > 1.0
 
 
-def test_an_untrained_model_carries_a_mask_to_the_next_frame() -> None:
-    """The first weights know the way of a mask through memory, attention and decoder."""
+def test_an_untrained_model_copies_a_mask_to_the_next_frame() -> None:
+    """The initial weights pass a mask through memory, attention and decoder."""
     clip = make_clip(7, frames=1, size_hw=(256, 256), script=Script(objects=3))
     bodies = [body for body in range(len(clip.roles)) if clip.mask(0, body).mean() > 0.01]
     masks = torch.from_numpy(np.stack([clip.mask(0, body) for body in bodies]))
@@ -137,20 +155,20 @@ def test_an_untrained_model_carries_a_mask_to_the_next_frame() -> None:
             "mask",
             corrections=0,
             gap=0,
-            aged=0,
+            burn_in=0,
             rng=np.random.default_rng(0),
         )[-1]
-    carried = torch.nn.functional.interpolate(last.masks[:, :1], (256, 256), mode="bilinear") > 0
+    copied = torch.nn.functional.interpolate(last.masks[:, :1], (256, 256), mode="bilinear") > 0
 
     assert len(bodies) >= 2
     assert all(
-        region_iou(found, truth) > 0.7
-        for found, truth in zip(carried[:, 0].numpy(), masks.numpy(), strict=True)
+        region_iou(mask, truth) > 0.7
+        for mask, truth in zip(copied[:, 0].numpy(), masks.numpy(), strict=True)
     )
 
 
 def test_the_bundled_checkpoint_fits_its_config_and_its_size() -> None:
-    """The weights load into the model of the YAML, nothing missing, in at most 8 MB."""
+    """The weights load into the model of the config without a missing key, in at most 8 MB."""
     weights = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)["model"]
     model = build_model()
     model.load_state_dict(weights, strict=True)

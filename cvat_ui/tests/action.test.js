@@ -1,13 +1,15 @@
-// The action on the test page, with the real function behind `lambda.call`: what the function
-// answered (noted on its way through) is what has to be in the annotations.
+// The action on the test page, with the real function behind `lambda.call`. The harness records the
+// function's answers; the annotations must hold exactly these.
 
 import assert from 'node:assert/strict';
 import { readFile } from 'node:fs/promises';
 import { after, before, beforeEach, describe, test } from 'node:test';
 import {
-    BLOCK, boxMask, CHANGING, DISC, FIXED, JOB, keyframe, moved, shape, track,
+    BLOCK, boxMask, CHANGING, DISC, FIXED, keyframe, moved, shape, track,
 } from './collections.js';
-import { NAME, start } from './harness.js';
+import * as harness from './harness.js';
+
+const { NAME, start } = harness;
 
 let site;
 let page;
@@ -22,27 +24,9 @@ before(async () => {
 after(() => site.close());
 beforeEach(() => cvat.reset());
 
-/** Open a job; give each test a collection of its own. */
-async function openJob(collection, job = {}) {
-    await page.evaluate(
-        ([one, content]) => globalThis.testPage.openJob(one, content),
-        [{ ...JOB, ...job }, collection],
-    );
-}
-
-/** Run the action; null, or the message that the annotator reads as an error. */
-async function run(frame, target, options = {}) {
-    const { convert = true, every = 1, ...rest } = options;
-    const parameters = {
-        'Target frame': target,
-        'Convert polygon shapes to tracks': String(convert),
-        'Keyframe every N frames': every,
-    };
-    return page.evaluate(
-        (all) => globalThis.testPage.run(all), { name: NAME, frame, parameters, ...rest },
-    );
-}
-
+const openJob = (...rest) => harness.openJob(page, ...rest);
+const run = (...rest) => harness.run(page, ...rest);
+const noticeText = () => harness.noticeText(page);
 const read = () => page.evaluate(() => globalThis.testPage.read());
 const content = () => page.evaluate(() => globalThis.testPage.content());
 const undo = () => page.evaluate(() => globalThis.testPage.job.undo());
@@ -50,31 +34,27 @@ const undoSteps = () => page.evaluate(() => globalThis.testPage.job.undoSteps.le
 const progress = () => page.evaluate(
     () => globalThis.testPage.events.filter(({ text }) => text).map(({ text }) => text),
 );
-const noticeText = async () => {
-    const notice = page.locator('.sam2-tracker-notice');
-    return await notice.count() ? notice.textContent() : '';
-};
 
-/** Answer one object's shape differently on some frames: random weights seldom lose anything. */
+/** Change the answer for one object on some frames: random weights seldom lose an object. */
 function answerOn(frames, change, index = 0) {
     cvat.interpose = async (request, forward) => {
         const answer = await forward();
         if (request.type === 'track' && frames.includes(request.frame)) {
             answer.body.shapes[index] = change(answer.body.shapes[index]);
-            cvat.requests.at(-1).answer.shapes[index] = answer.body.shapes[index];
+            cvat.answered.at(-1).answer.shapes[index] = answer.body.shapes[index];
         }
         return answer;
     };
 }
 
 const frameOf = ({ frame }) => frame;
-const visibleFrames = (one) => one.shapes.filter(({ outside }) => !outside).map(frameOf);
+const visibleFrames = ({ shapes }) => shapes.filter(({ outside }) => !outside).map(frameOf);
 
-/** The frames' answers, as keyframes or shapes should hold them. */
-function assertFollows(list, index, frames) {
+/** Check that keyframes or shapes hold the function's answers for an object on some frames. */
+function assertHoldsAnswers(shapes, index, frames) {
     const answers = cvat.answers(index);
     for (const frame of frames) {
-        const found = list.find((one) => one.frame === frame);
+        const found = shapes.find((candidate) => candidate.frame === frame);
         const answer = answers.get(frame);
         assert.equal(Boolean(found && !found.outside), Boolean(answer), `frame ${frame}`);
         if (answer) {
@@ -84,7 +64,7 @@ function assertFollows(list, index, frames) {
     }
 }
 
-describe('what becomes of a shape', () => {
+describe('shapes', () => {
     test('a mask becomes one mask per frame, all in one group', async () => {
         const other = shape(9, 'polygon', BLOCK.polygon, { group: 6, frame: 8 });
         const mask = shape(8, 'mask', DISC.mask, {
@@ -98,22 +78,22 @@ describe('what becomes of a shape', () => {
         const after_ = await content();
         const made = after_.shapes.filter(({ group }) => group === 7);
         assert.equal(after_.tracks.length, 0);
-        assert.deepEqual(cvat.asked.map(({ type, frame }) => [type, frame]), [
+        assert.deepEqual(cvat.received.map(({ type, frame }) => [type, frame]), [
             ['init_tracking', 0], ['track', 1], ['track', 2], ['track', 3], ['track', 4],
         ]);
-        assertFollows(made, 0, [1, 2, 3, 4]);
+        assertHoldsAnswers(made, 0, [1, 2, 3, 4]);
         const { id, ...drawn } = before_.shapes[0];
         assert.equal(id, 1);
         assert.deepEqual(made[0], { ...drawn, group: 7 });
-        for (const one of made.slice(1)) {
+        for (const tracked of made.slice(1)) {
             assert.deepEqual(
-                { ...one, points: 0, frame: 0, source: 'manual' }, { ...made[0], points: 0 },
+                { ...tracked, points: 0, frame: 0, source: 'manual' }, { ...made[0], points: 0 },
             );
-            assert.equal(one.source, 'semi-auto');
+            assert.equal(tracked.source, 'semi-auto');
         }
         assert.ok(made.length > 1, 'the random weights lost the object on every frame');
-        assert.equal(after_.shapes.length, made.length + 1); // and the other one
-        assert.equal(await noticeText(), '');
+        assert.equal(after_.shapes.length, made.length + 1); // with the polygon
+        assert.match(await noticeText(), /Done: 1 object on 4 frames \(1 to 4\) in \d+ s\./);
 
         assert.equal(await undoSteps(), 1);
         await undo();
@@ -132,9 +112,11 @@ describe('what becomes of a shape', () => {
         assert.deepEqual([shapes, more], [[], []]);
         assert.deepEqual(made.shapes.map(frameOf), [0, 1, 2, 3, 4]);
         assert.deepEqual(made.shapes[0].points, DISC.polygon);
-        assertFollows(made.shapes, 0, [1, 2, 3]);
+        assertHoldsAnswers(made.shapes, 0, [1, 2, 3]);
         assert.equal(made.shapes[4].outside, true);
-        assert.deepEqual(made.shapes.map((one) => [one.occluded, one.z_order]), Array(5).fill([true, 2]));
+        assert.deepEqual(
+            made.shapes.map((key) => [key.occluded, key.z_order]), Array(5).fill([true, 2]),
+        );
         assert.deepEqual(made.shapes.map(({ attributes }) => attributes), [[CHANGING], [], [], [], []]);
         assert.deepEqual(
             [made.frame, made.label_id, made.group, made.source, made.attributes],
@@ -151,11 +133,11 @@ describe('what becomes of a shape', () => {
         assert.deepEqual(tracks, []);
         assert.deepEqual([...new Set(shapes.map(({ group }) => group))], [1]);
         assert.deepEqual(shapes[0].points, DISC.polygon);
-        assertFollows(shapes, 0, [1, 2, 3]);
+        assertHoldsAnswers(shapes, 0, [1, 2, 3]);
     });
 
     for (const type of ['rectangle', 'ellipse']) {
-        test(`an upright and a turned ${type} become tracks`, async () => {
+        test(`an upright and a rotated ${type} become tracks`, async () => {
             await openJob({
                 shapes: [
                     shape(9, type, DISC[type]),
@@ -166,13 +148,13 @@ describe('what becomes of a shape', () => {
             assert.equal(await run(0, 2), null);
 
             const { tracks } = await content();
-            assertFollows(tracks[0].shapes, 0, [1, 2]);
-            assertFollows(tracks[1].shapes, 1, [1, 2]);
-            assert.deepEqual(tracks.map((one) => one.shapes.map(({ rotation }) => rotation)), [
+            assertHoldsAnswers(tracks[0].shapes, 0, [1, 2]);
+            assertHoldsAnswers(tracks[1].shapes, 1, [1, 2]);
+            assert.deepEqual(tracks.map(({ shapes }) => shapes.map(({ rotation }) => rotation)), [
                 [0, 0, 0, 0], [90, 0, 0, 0],
             ]);
-            const [upright, turned] = cvat.asked[0].shapes;
-            turned.points.forEach((value, i) => { // both are as wide as they are high
+            const [upright, rotated] = cvat.received[0].shapes;
+            rotated.points.forEach((value, i) => { // both are as wide as they are high
                 assert.ok(Math.abs(value - upright.points[i]) < 1e-6);
             });
         });
@@ -185,12 +167,12 @@ describe('what becomes of a shape', () => {
 
         const [cos, sin] = [Math.cos(Math.PI / 6), Math.sin(Math.PI / 6)];
         const [x, y] = [20 * cos + 10 * sin, 20 * sin + 10 * cos];
-        cvat.asked[0].shapes[0].points.forEach((value, i) => {
+        cvat.received[0].shapes[0].points.forEach((value, i) => {
             assert.ok(Math.abs(value - [120 - x, 90 - y, 120 + x, 90 + y][i]) < 1e-9);
         });
     });
 
-    test('three objects go in one request per frame and keep their order', async () => {
+    test('three objects share one request per frame and keep their order', async () => {
         await openJob({
             shapes: [
                 shape(8, 'mask', DISC.mask),
@@ -202,23 +184,25 @@ describe('what becomes of a shape', () => {
         assert.equal(await run(0, 3), null);
 
         assert.deepEqual(
-            cvat.asked.map(({ type, shapes, states }) => [type, (shapes ?? states).length]),
+            cvat.received.map(({ type, shapes, states }) => [type, (shapes ?? states).length]),
             [['init_tracking', 3], ['track', 3], ['track', 3], ['track', 3]],
         );
-        assert.ok(cvat.asked.every(({ job, task }) => job === 4 && task === 4));
+        assert.ok(cvat.received.every(({ job, task }) => job === 4 && task === 4));
         const { shapes, tracks } = await content();
-        assertFollows(shapes, 0, [1, 2, 3]);
-        assert.deepEqual(tracks.map((one) => one.shapes[0].type), ['polygon', 'rectangle']);
-        assertFollows(tracks[0].shapes, 1, [1, 2, 3]);
-        assertFollows(tracks[1].shapes, 2, [1, 2, 3]);
+        assertHoldsAnswers(shapes, 0, [1, 2, 3]);
+        assert.deepEqual(
+            tracks.map(({ shapes: [first] }) => first.type), ['polygon', 'rectangle'],
+        );
+        assertHoldsAnswers(tracks[0].shapes, 1, [1, 2, 3]);
+        assertHoldsAnswers(tracks[1].shapes, 2, [1, 2, 3]);
         assert.match((await progress()).at(-1),
             /^Frame 3 \(3 of 3\) · 3 objects · \d+\.\d s\/frame · 0 s left$/);
     });
 
     test('a keyframe every third frame, at the end, and around a loss', async () => {
-        const everywhere = Array.from({ length: 10 }, (_, i) => i + 1);
-        answerOn(everywhere, () => {
-            const { frame } = cvat.requests.at(-1);
+        const allFrames = Array.from({ length: 10 }, (_, i) => i + 1);
+        answerOn(allFrames, () => {
+            const { frame } = cvat.answered.at(-1);
             return frame === 6 ? null : { type: 'polygon', points: moved(DISC.polygon, 5 * frame) };
         });
         await openJob({ shapes: [shape(9, 'polygon', DISC.polygon)] });
@@ -227,14 +211,14 @@ describe('what becomes of a shape', () => {
 
         const [made] = (await content()).tracks;
         assert.deepEqual(made.shapes.map(frameOf), [0, 3, 5, 6, 7, 9, 10, 11]);
-        assertFollows(made.shapes, 0, [3, 5, 6, 7, 9, 10]);
+        assertHoldsAnswers(made.shapes, 0, [3, 5, 6, 7, 9, 10]);
     });
 });
 
-describe('what becomes of a track', () => {
+describe('tracks', () => {
     const polygonAt = (frame) => moved(DISC.polygon, 5 * frame);
 
-    test('between keyframes it starts from its interpolated place', async () => {
+    test('between keyframes, tracking starts from the interpolated position', async () => {
         await openJob({
             tracks: [track(13, [
                 keyframe('polygon', 0, polygonAt(0), { attributes: [CHANGING] }),
@@ -245,12 +229,12 @@ describe('what becomes of a track', () => {
 
         assert.equal(await run(4, 6), null);
 
-        assert.deepEqual(cvat.asked[0].shapes, [{ type: 'polygon', points: polygonAt(4) }]);
+        assert.deepEqual(cvat.received[0].shapes, [{ type: 'polygon', points: polygonAt(4) }]);
         const { tracks: [made, ...more] } = await content();
         assert.deepEqual(more, []);
         assert.deepEqual(made.shapes.map(frameOf), [0, 4, 5, 6, 8]);
         assert.deepEqual(made.shapes[1].points, polygonAt(4));
-        assertFollows(made.shapes, 0, [5, 6]);
+        assertHoldsAnswers(made.shapes, 0, [5, 6]);
         const [{ id, ...first }, { id: other, ...last }] = before_.tracks[0].shapes;
         assert.deepEqual([made.shapes[0], made.shapes[4]], [first, last]);
         assert.ok(id && other);
@@ -273,15 +257,15 @@ describe('what becomes of a track', () => {
         assert.equal(await run(0, 9, { every: 4 }), null);
 
         const [made] = (await content()).tracks;
-        const at = (frame) => made.shapes.find((one) => one.frame === frame);
+        const at = (frame) => made.shapes.find((key) => key.frame === frame);
         assert.deepEqual(at(0).attributes, [CHANGING]);
         assert.deepEqual([at(2).attributes, at(2).occluded, at(2).z_order], [[sitting], true, 0]);
         assert.deepEqual([at(4).attributes, at(4).occluded, at(4).z_order], [[], true, 0]);
         assert.deepEqual([at(7).occluded, at(7).z_order], [false, 4]);
-        assert.equal(made.shapes.some(({ frame }) => frame > 9), false); // it went on before, too
+        assert.equal(made.shapes.some(({ frame }) => frame > 9), false); // as before, it does not end
     });
 
-    test('backwards, it begins earlier and is the same after the current frame', async () => {
+    test('backwards, a track begins earlier and is unchanged after the current frame', async () => {
         await openJob({
             tracks: [track(13, [keyframe('polygon', 5, polygonAt(5), { attributes: [CHANGING] })])],
             shapes: [shape(9, 'polygon', polygonAt(5), { frame: 5, attributes: [CHANGING] })],
@@ -289,28 +273,28 @@ describe('what becomes of a track', () => {
 
         assert.equal(await run(5, 2), null);
 
-        assert.deepEqual(cvat.asked.map(frameOf), [5, 4, 3, 2]);
+        assert.deepEqual(cvat.received.map(frameOf), [5, 4, 3, 2]);
         const { shapes, tracks } = await content();
         assert.deepEqual(shapes, []);
-        for (const [i, one] of tracks.entries()) {
-            assertFollows(one.shapes, i, [4, 3, 2]);
-            assert.equal(one.frame, 2);
-            assert.deepEqual(one.shapes[0].attributes, [CHANGING]);
+        for (const [i, made] of tracks.entries()) {
+            assertHoldsAnswers(made.shapes, i, [4, 3, 2]);
+            assert.equal(made.frame, 2);
+            assert.deepEqual(made.shapes[0].attributes, [CHANGING]);
         }
-        const frames = tracks.map((one) => one.shapes.map(frameOf));
+        const frames = tracks.map((made) => made.shapes.map(frameOf));
         assert.deepEqual(frames.toSorted((a, b) => a.length - b.length), [
             [2, 3, 4, 5], [2, 3, 4, 5, 6], // the shape was on frame 5 alone
         ]);
     });
 
-    test('lost, it is outside until it is found again; a mask is not there', async () => {
+    test('a lost track is outside until it is found again; a lost mask has no shape', async () => {
         cvat.interpose = async (request, forward) => {
             const answer = await forward();
-            if ([2, 3].includes(request.frame)) { // a rectangle has to say it by `outside`
+            if ([2, 3].includes(request.frame)) { // for a rectangle the function answers `outside`
                 answer.body.shapes = [
                     null, { ...answer.body.shapes[1], outside: true }, null,
                 ];
-                cvat.requests.at(-1).answer.shapes = [null, null, null];
+                cvat.answered.at(-1).answer.shapes = [null, null, null];
             }
             return answer;
         };
@@ -325,19 +309,19 @@ describe('what becomes of a track', () => {
         assert.equal(await run(0, 5), null);
 
         const { shapes, tracks } = await content();
-        assertFollows(shapes, 0, [1, 2, 3, 4, 5]);
+        assertHoldsAnswers(shapes, 0, [1, 2, 3, 4, 5]);
         assert.deepEqual(shapes.filter(({ frame }) => frame === 2 || frame === 3), []);
-        for (const [i, one] of tracks.entries()) {
-            assertFollows(one.shapes, i + 1, [1, 2, 3, 4, 5]);
-            const lost = one.shapes.filter(({ frame }) => frame === 2 || frame === 3);
-            const [before_] = one.shapes.filter(({ frame }) => frame === 1);
+        for (const [i, made] of tracks.entries()) {
+            assertHoldsAnswers(made.shapes, i + 1, [1, 2, 3, 4, 5]);
+            const lost = made.shapes.filter(({ frame }) => frame === 2 || frame === 3);
+            const [before_] = made.shapes.filter(({ frame }) => frame === 1);
             assert.deepEqual(lost.map(({ outside }) => outside), [true, true]);
             assert.deepEqual(lost.map(({ points }) => points), [before_.points, before_.points]);
         }
     });
 
-    test('hidden, locked and outside ones are left alone', async () => {
-        const away = keyframe('polygon', 0, polygonAt(0), { outside: true });
+    test('hidden, locked and outside objects are left alone', async () => {
+        const outside = keyframe('polygon', 0, polygonAt(0), { outside: true });
         const later = keyframe('polygon', 3, polygonAt(3));
         await openJob({
             shapes: [
@@ -346,13 +330,13 @@ describe('what becomes of a track', () => {
                 shape(10, 'rectangle', BLOCK.rectangle),
                 shape(11, 'points', DISC.polygon),
             ],
-            tracks: [track(13, [away]), track(14, [later])],
+            tracks: [track(13, [outside]), track(14, [later])],
         });
         const before_ = await content();
 
         assert.equal(await run(0, 1), null);
 
-        assert.equal(cvat.asked[0].shapes.length, 1);
+        assert.equal(cvat.received[0].shapes.length, 1);
         const after_ = await content();
         assert.deepEqual(after_.shapes, before_.shapes.filter(({ type }) => type !== 'rectangle'));
         assert.deepEqual(after_.tracks.slice(0, 2), before_.tracks);
@@ -369,39 +353,39 @@ describe('what becomes of a track', () => {
 
         assert.equal(await run(0, 2, { clientID: 8 }), null);
 
-        assert.ok(cvat.asked.every(({ shapes, states }) => (shapes ?? states).length === 1));
+        assert.ok(cvat.received.every(({ shapes, states }) => (shapes ?? states).length === 1));
         const { shapes } = await content();
         assert.deepEqual(shapes.filter(({ group }) => group === 4).map(frameOf), [0]);
-        assertFollows(shapes.filter(({ group }) => group === 5), 0, [1, 2]);
+        assertHoldsAnswers(shapes.filter(({ group }) => group === 5), 0, [1, 2]);
     });
 
-    test('the recorded input runs as CVAT gave it', async () => {
+    test('a recorded input of CVAT is tracked', async () => {
         const path = new URL('./recorded_input.json', import.meta.url);
         const recorded = JSON.parse(await readFile(path));
         const scale = (points) => points.map((value) => value / 4); // it was 1280 x 720
         const { shapes, tracks } = recorded.input.collection;
-        const small = (one) => (one.type === 'mask' ? one : { ...one, points: scale(one.points) });
+        const small = (big) => (big.type === 'mask' ? big : { ...big, points: scale(big.points) });
         await openJob({
             shapes: shapes.map(small),
-            tracks: tracks.map((one) => ({ ...one, shapes: one.shapes.map(small) })),
+            tracks: tracks.map((big) => ({ ...big, shapes: big.shapes.map(small) })),
         });
 
         assert.equal(await run(recorded.input.frameData.number, 9), null);
 
         assert.deepEqual(
-            cvat.asked[0].shapes.map(({ points }) => points),
+            cvat.received[0].shapes.map(({ points }) => points),
             recorded.states_at_7.map(({ points }) => scale(points)),
         );
         const after_ = await content();
         assert.deepEqual(after_.shapes, shapes.map(small).map(({ clientID, ...rest }) => rest));
-        assert.deepEqual(after_.tracks.map((one) => one.shapes.map(frameOf)), [
+        assert.deepEqual(after_.tracks.map((made) => made.shapes.map(frameOf)), [
             [0, 7, 8, 9, 10, 20], [0, 7, 8, 9],
         ]);
     });
 });
 
 describe('running again from a corrected frame', () => {
-    test('a track: replaces what is between there and the target, nothing else', async () => {
+    test('a track: only the keyframes up to the target are replaced', async () => {
         await openJob({ shapes: [shape(9, 'polygon', DISC.polygon)] });
         assert.equal(await run(0, 8), null);
         const [first] = (await read()).tracks;
@@ -416,45 +400,47 @@ describe('running again from a corrected frame', () => {
 
         const [again, ...more] = (await content()).tracks;
         assert.deepEqual(more, []);
-        const at = (one, frames) => one.shapes.filter(({ frame }) => frames.includes(frame));
+        const at = ({ shapes }, frames) => shapes.filter(({ frame }) => frames.includes(frame));
         assert.deepEqual(at(again, [0, 1, 2, 7, 8, 9]), at(first, [0, 1, 2, 7, 8, 9]));
         assert.deepEqual(at(again, [3])[0].points, corrected);
-        assertFollows(again.shapes, 0, [4, 5, 6]);
+        assertHoldsAnswers(again.shapes, 0, [4, 5, 6]);
         assert.notDeepEqual(at(again, [4, 5, 6]), at(first, [4, 5, 6]));
     });
 
-    test('masks: the same, and a shape that a person drew or locked stays', async () => {
-        const done = (clientID, frame, changes = {}) => shape(clientID, 'mask', DISC.mask, {
+    test('masks: the same, but a shape that a person drew or locked stays', async () => {
+        const earlier = (clientID, frame, changes = {}) => shape(clientID, 'mask', DISC.mask, {
             frame, group: 2, source: 'semi-auto', ...changes,
         });
-        const kept = [
-            done(20, 1), done(23, 7), // outside the range
-            done(24, 5, { source: 'manual' }), done(25, 6, { lock: true }),
-            done(26, 4, { group: 3 }), done(27, 4, { label_id: 5 }),
+        const staying = [
+            earlier(20, 1), earlier(23, 7), // outside the range
+            earlier(24, 5, { source: 'manual' }), earlier(25, 6, { lock: true }),
+            earlier(26, 4, { group: 3 }), earlier(27, 4, { label_id: 5 }),
             shape(28, 'polygon', DISC.polygon, { frame: 4, group: 2, source: 'semi-auto' }),
         ];
-        const gone = [done(30, 4), done(31, 3)];
+        const replaced = [earlier(30, 4), earlier(31, 3)];
         const mask = shape(8, 'mask', boxMask(50, 70, 90, 110), { frame: 2, group: 2 });
-        await openJob({ shapes: [mask, ...kept, ...gone] });
+        await openJob({ shapes: [mask, ...staying, ...replaced] });
         const ids = (list) => list.map(({ clientID }) => clientID);
 
         assert.equal(await run(2, 6), null);
 
         const { shapes } = await read();
-        assert.deepEqual(ids(shapes).filter((id) => id < 1000).sort(), [8, ...ids(kept)].sort());
+        assert.deepEqual(
+            ids(shapes).filter((id) => id < 1000).sort(), [8, ...ids(staying)].sort(),
+        );
         const made = shapes.filter(({ clientID }) => clientID > 1000);
-        assert.ok(made.every((one) => one.group === 2 && one.source === 'semi-auto'));
+        assert.ok(made.every(({ group, source }) => group === 2 && source === 'semi-auto'));
         assert.ok(made.every(({ frame }) => frame === 3 || frame === 4));
-        assertFollows(made, 0, [3, 4]);
+        assertHoldsAnswers(made, 0, [3, 4]);
     });
 
-    test('one of two alike in a group: the other one keeps its shapes', async () => {
+    test('one of two alike objects in a group: the other object keeps its shapes', async () => {
         const series = (firstID, points) => [0, 1, 2].map((frame) => shape(
             firstID + frame, 'mask', points, { frame, group: 2, source: 'semi-auto' },
         ));
-        // On frame 2 only the other one's is left, far from the new shape.
-        const shapes_ = [...series(10, DISC.mask).slice(0, 2), ...series(20, BLOCK.mask)];
-        await openJob({ shapes: shapes_ });
+        // On frame 2 only the other object has a shape, far from the new one.
+        const before_ = [...series(10, DISC.mask).slice(0, 2), ...series(20, BLOCK.mask)];
+        await openJob({ shapes: before_ });
         answerOn([1, 2], () => ({ type: 'mask', points: DISC.mask }));
 
         assert.equal(await run(0, 2, { clientID: 10 }), null);
@@ -471,7 +457,7 @@ describe('running again from a corrected frame', () => {
         await openJob({ shapes: [...series(10, DISC.mask), ...series(20, BLOCK.mask), stray] });
         cvat.reset();
 
-        assert.equal(await run(0, 2), null); // both: three on a frame cannot all be theirs
+        assert.equal(await run(0, 2), null); // both: of three shapes one cannot be theirs
 
         const both = (await read()).shapes.map(({ clientID }) => clientID);
         assert.deepEqual(both.filter((id) => id < 1000), [10, 20, 30]);
@@ -481,13 +467,13 @@ describe('running again from a corrected frame', () => {
         ] });
         cvat.reset();
 
-        assert.equal(await run(0, 2), null); // two on a frame are, however far one has drifted
+        assert.equal(await run(0, 2), null); // two shapes are theirs, even one without overlap
 
         const left = (await read()).shapes.map(({ clientID }) => clientID);
         assert.deepEqual(left.filter((id) => id < 1000), [10, 20]);
     });
 
-    test('another\'s locked shape beside one\'s own does not cost the frame', async () => {
+    test('a locked shape of another object does not keep the frame from being tracked', async () => {
         const mask = (clientID, frame, points, changes = {}) => shape(clientID, 'mask', points, {
             frame, group: 2, source: 'semi-auto', ...changes,
         });
@@ -512,21 +498,19 @@ describe('long runs', () => {
         ({ outside }) => !outside,
     ).at(-1).frame;
 
-    test('Cancel stops after the frame in flight and keeps what was tracked', async () => {
+    test('Cancel stops after the frame in flight and keeps the tracked frames', async () => {
         answerOn([1, 2, 3], () => ({ type: 'polygon', points: DISC.polygon }));
         await openJob(polygon());
 
         assert.equal(await run(0, 11, { cancelAfter: 'Frame 3 (' }), null);
 
-        assert.deepEqual(cvat.asked.map(frameOf), [0, 1, 2, 3]);
+        assert.deepEqual(cvat.received.map(frameOf), [0, 1, 2, 3]);
         assert.equal(await lastFrame(), 3);
         assert.match(await noticeText(),
             /Cancelled before frame 4\. Kept: frames 0 to 3\. One undo takes it back/);
-        await page.locator('.sam2-tracker-notice').click();
-        assert.equal(await noticeText(), '');
     });
 
-    test('Cancel before anything was tracked changes nothing', async () => {
+    test('Cancel before the first tracked frame changes nothing', async () => {
         await openJob(polygon());
         const before_ = await content();
 
@@ -537,7 +521,7 @@ describe('long runs', () => {
         assert.match(await noticeText(), /Cancelled before frame 1\. Nothing was changed/);
     });
 
-    test('503 twice, then fine: repeated with growing pauses', async () => {
+    test('503 twice, then success: the request is repeated with growing pauses', async () => {
         let failures = 0;
         cvat.interpose = (request, forward) => {
             if (request.frame === 2 && failures < 2) {
@@ -550,46 +534,46 @@ describe('long runs', () => {
 
         assert.equal(await run(0, 3), null);
 
-        assert.deepEqual(cvat.asked.map(frameOf), [0, 1, 2, 2, 2, 3]);
-        assertFollows((await content()).tracks[0].shapes, 0, [1, 2, 3]);
-        assert.equal(await noticeText(), '');
-        const told = (await progress()).filter((text) => text.includes('trying again'));
-        assert.deepEqual(told, [
-            'Frame 2: 503 Server Error · trying again in 1 s (1 of 3)',
-            'Frame 2: 503 Server Error · trying again in 3 s (2 of 3)',
+        assert.deepEqual(cvat.received.map(frameOf), [0, 1, 2, 2, 2, 3]);
+        assertHoldsAnswers((await content()).tracks[0].shapes, 0, [1, 2, 3]);
+        assert.match(await noticeText(), /Done: 1 object on 3 frames/);
+        const retries = (await progress()).filter((text) => text.includes('trying again'));
+        assert.deepEqual(retries, [
+            'Frame 2: the function does not answer (503) · trying again in 1 s (1 of 3)',
+            'Frame 2: the function does not answer (503) · trying again in 3 s (2 of 3)',
         ]);
-        const steps = await page.evaluate(() => globalThis.testPage.events
+        const percents = await page.evaluate(() => globalThis.testPage.events
             .map(({ percent }) => percent).filter((percent) => percent !== undefined));
-        assert.deepEqual(steps, steps.toSorted((a, b) => a - b)); // it never goes back
+        assert.deepEqual(percents, percents.toSorted((a, b) => a - b));
         const paused = await page.evaluate(() => globalThis.testPage.events
             .filter(({ pause }) => pause === 250).length);
         assert.equal(paused * 250, 4000);
     });
 
-    test('a network that stays away: three repetitions, then the frames done are kept', async () => {
+    test('no network: three repetitions, then the tracked frames are kept', async () => {
         cvat.interpose = (request, forward) => (request.frame === 2 ? null : forward());
         await openJob(polygon());
 
         assert.equal(await run(0, 3), null);
 
-        assert.deepEqual(cvat.asked.map(frameOf), [0, 1, 2, 2, 2, 2]);
+        assert.deepEqual(cvat.received.map(frameOf), [0, 1, 2, 2, 2, 2]);
         assert.deepEqual((await content()).tracks[0].shapes.map(frameOf).slice(0, 2), [0, 1]);
-        assert.match(await noticeText(), /Frame 2 failed: .*fetch.*\. Kept: frames 0 to 1/);
+        assert.match(await noticeText(), /Frame 2 failed: the server does not answer\. Kept: frames 0 to 1/);
     });
 
-    test('Cancel during a pause is heard', async () => {
+    test('Cancel during a pause stops the run', async () => {
         cvat.interpose = (request, forward) => (
             request.frame === 2 ? { status: 503, body: 'busy' } : forward()
         );
         await openJob(polygon());
 
-        assert.equal(await run(0, 3, { cancelAfter: 'Frame 2: 503' }), null);
+        assert.equal(await run(0, 3, { cancelAfter: 'Frame 2: the function does not answer' }), null);
 
-        assert.deepEqual(cvat.asked.map(frameOf), [0, 1, 2]);
+        assert.deepEqual(cvat.received.map(frameOf), [0, 1, 2]);
         assert.match(await noticeText(), /Cancelled before frame 2\. Kept: frames 0 to 1/);
     });
 
-    test('500 on frame 5: the frames done are kept, frame and reason are named', async () => {
+    test('500 on frame 5: the tracked frames are kept, the notice names frame and reason', async () => {
         cvat.interpose = (request, forward) => (
             request.frame === 5 ? { status: 500, body: 'Internal Server Error' } : forward()
         );
@@ -598,12 +582,12 @@ describe('long runs', () => {
         assert.equal(await run(0, 8), null);
 
         const { shapes, tracks } = await content();
-        assertFollows(tracks[0].shapes, 0, [1, 2, 3, 4]);
-        assertFollows(shapes, 1, [1, 2, 3, 4]);
+        assertHoldsAnswers(tracks[0].shapes, 0, [1, 2, 3, 4]);
+        assertHoldsAnswers(shapes, 1, [1, 2, 3, 4]);
         assert.ok([...shapes, ...tracks[0].shapes].every(({ frame }) => frame <= 5));
         assert.equal(visibleFrames(tracks[0]).includes(5), false);
         assert.match(await noticeText(),
-            /Frame 5 failed: 500 Internal Server Error\. Kept: frames 0 to 4\./);
+            /Frame 5 failed: the function failed \(500\)\. Kept: frames 0 to 4\./);
     });
 
     test('a failure before the first frame is an error and changes nothing', async () => {
@@ -613,7 +597,7 @@ describe('long runs', () => {
 
         assert.equal(
             await run(0, 8),
-            'Frame 0 failed: 500 Internal Server Error. Nothing was changed.',
+            'Frame 0 failed: the function failed (500). Nothing was changed.',
         );
         assert.deepEqual(await content(), before_);
         assert.equal(await undoSteps(), 0);
@@ -642,9 +626,9 @@ describe('long runs', () => {
                     return cvat.interpose(request, forward);
                 }
                 const answer = await forward();
-                if (request.type === 'track' && request.frame === 2) { // the second one is lost
+                if (request.type === 'track' && request.frame === 2) { // the second object is lost
                     answer.body.shapes[1] = null;
-                    cvat.requests.at(-1).answer.shapes[1] = null;
+                    cvat.answered.at(-1).answer.shapes[1] = null;
                 }
                 return answer;
             };
@@ -655,20 +639,20 @@ describe('long runs', () => {
             assert.equal(await run(0, 4), null);
 
             assert.deepEqual(
-                cvat.asked.map(({ type, frame }) => `${type} ${frame}`),
+                cvat.received.map(({ type, frame }) => `${type} ${frame}`),
                 ['init_tracking 0', 'track 1', 'track 2', 'track 3', 'init_tracking 2',
                     'init_tracking 1', 'track 3', 'track 4'],
             );
-            const [first, second] = cvat.asked.filter(({ type }) => type === 'init_tracking').slice(1);
-            const [one, two] = [1, 2].map((frame) => cvat.requests.find(
+            const [first, second] = cvat.received.filter(({ type }) => type === 'init_tracking').slice(1);
+            const [onFrame1, onFrame2] = [1, 2].map((frame) => cvat.answered.find(
                 (request) => request.type === 'track' && request.frame === frame,
             ).answer.shapes);
-            assert.deepEqual(first.shapes, [two[0]]);
-            assert.deepEqual(second.shapes, [one[1]]);
+            assert.deepEqual(first.shapes, [onFrame2[0]]);
+            assert.deepEqual(second.shapes, [onFrame1[1]]);
             const { tracks } = await content();
-            assertFollows(tracks[0].shapes, 0, [1, 2, 3, 4]);
-            assertFollows(tracks[1].shapes, 1, [1, 2, 3, 4]);
-            assert.equal(await noticeText(), '');
+            assertHoldsAnswers(tracks[0].shapes, 0, [1, 2, 3, 4]);
+            assertHoldsAnswers(tracks[1].shapes, 1, [1, 2, 3, 4]);
+            assert.match(await noticeText(), /Done: 2 objects on 4 frames/);
         });
     }
 
@@ -679,19 +663,19 @@ describe('long runs', () => {
 
         assert.equal(await run(0, 4), null);
 
-        assert.equal(cvat.asked.length, 5);
-        assert.match(await noticeText(), /Frame 2 failed: 400 Invalid or expired tracker state/);
+        assert.equal(cvat.received.length, 5);
+        assert.match(await noticeText(), /Frame 2 failed: the tracking state has expired \(400\)/);
     });
 
-    test('a malformed shape reaches no annotation, and is told of', async () => {
-        const rubbish = [
+    test('a malformed shape is left out, and the notice says so', async () => {
+        const malformed = [
             { type: 'polygon', points: [1, 2, 3, 4] },
             { type: 'polygon', points: [1, 2, 3, 4, 5, 'x'] },
             { type: 'rectangle', points: [1, 2, 3, 4] },
             { type: 'polygon' },
             'polygon',
         ];
-        answerOn([1, 2, 3, 4, 5], () => rubbish[cvat.requests.at(-1).frame - 1]);
+        answerOn([1, 2, 3, 4, 5], () => malformed[cvat.answered.at(-1).frame - 1]);
         await openJob(polygon());
 
         assert.equal(await run(0, 5), null);
@@ -700,8 +684,8 @@ describe('long runs', () => {
         assert.match(await noticeText(), /Frame 1: the function's polygon was malformed/);
     });
 
-    test('malformed masks, rectangles and ellipses neither', async () => {
-        const rubbish = [
+    test('malformed masks, rectangles and ellipses are left out too', async () => {
+        const malformed = [
             [{ type: 'mask', points: [0, 5, 1, 1, 2, 2] }, { type: 'rectangle', points: [5, 5, 5, 9] },
                 { type: 'ellipse', points: [5, 5, 5, 4] }],
             [{ type: 'mask', points: [0.5, 3.5, 1, 1, 2, 2] }, { type: 'rectangle', points: [5, 5, 9] },
@@ -709,7 +693,7 @@ describe('long runs', () => {
         ];
         cvat.interpose = async (request, forward) => {
             const answer = await forward();
-            answer.body.shapes = rubbish[request.frame - 1] ?? answer.body.shapes;
+            answer.body.shapes = malformed[request.frame - 1] ?? answer.body.shapes;
             return answer;
         };
         await openJob({
@@ -740,7 +724,7 @@ describe('long runs', () => {
         assert.equal(await run(0, 3), null);
 
         assert.match(await noticeText(),
-            /Frame 2 failed: the function answered 0 states for 1 objects\. Kept: frames 0 to 1/);
+            /Frame 2 failed: the function answered 0 states for 1 object\. Kept: frames 0 to 1/);
     });
 
     test('deleted frames are skipped', async () => {
@@ -748,7 +732,7 @@ describe('long runs', () => {
 
         assert.equal(await run(0, 4), null);
 
-        assert.deepEqual(cvat.asked.map(frameOf), [0, 1, 4]);
+        assert.deepEqual(cvat.received.map(frameOf), [0, 1, 4]);
         const [made] = (await content()).tracks;
         assert.deepEqual(made.shapes.map(frameOf).slice(0, 3), [0, 1, 4]);
         assert.ok(made.shapes.slice(3).every(({ frame, outside }) => frame === 6 && outside));
@@ -768,7 +752,7 @@ describe('parameters', () => {
         assert.deepEqual([type, values, value], ['number', ['1', '9', '1'], '9']);
     });
 
-    test('what cannot be done is said clearly, and nothing is asked', async () => {
+    test('impossible requests get a clear message, and the function is not called', async () => {
         await openJob({ shapes: [shape(9, 'polygon', DISC.polygon)] }, { deletedFrames: [1] });
 
         assert.match(await run(3, 3), /^Target frame is the current frame, 3: nothing to do\./);
@@ -779,10 +763,10 @@ describe('parameters', () => {
         assert.equal(
             await run(3, 5), 'No object to track on frame 3: draw one, or show and unlock it.',
         );
-        assert.deepEqual(cvat.asked, []);
+        assert.deepEqual(cvat.received, []);
     });
 
-    test('a task that is open outside a job is asked for without one', async () => {
+    test('for a task that is open outside a job, requests have no job', async () => {
         await openJob(
             { shapes: [shape(9, 'polygon', DISC.polygon)] },
             { taskId: undefined, size: 3, startFrame: 50, stopFrame: 52 }, // of the video file
@@ -792,17 +776,17 @@ describe('parameters', () => {
             await run(0, 3), 'Target frame 3 is not in this job: choose one from 0 to 2.',
         );
         assert.equal(await run(0, 2), null);
-        assert.deepEqual(cvat.asked.map(frameOf), [0, 1, 2]);
-        assert.ok(cvat.asked.every(({ task, job }) => task === 4 && job === undefined));
+        assert.deepEqual(cvat.received.map(frameOf), [0, 1, 2]);
+        assert.ok(cvat.received.every(({ task, job }) => task === 4 && job === undefined));
     });
 
-    test('a window that clicks through: choose, run, done', async () => {
+    test('the action runs from a window: choose, run, done', async () => {
         await openJob({ shapes: [shape(9, 'polygon', DISC.polygon)] }, { stopFrame: 2 });
         await page.evaluate(() => globalThis.testPage.openWindow(0));
         await page.getByRole('button', { name: 'Run' }).click();
         await page.waitForSelector('dialog[data-done]');
 
-        assert.deepEqual(cvat.asked.map(frameOf), [0, 1, 2]);
+        assert.deepEqual(cvat.received.map(frameOf), [0, 1, 2]);
         assert.equal((await content()).tracks.length, 1);
         await page.evaluate(() => document.querySelector('dialog').remove());
     });

@@ -1,13 +1,17 @@
-// Collections in the form that CVAT 2.54 hands to an action (recorded from it; see
-// recorded_input.json), on the test clip: 12 frames of 320 x 180, where a disc moves right
-// by 5 pixels a frame from (60, 90) and a block moves left by 4 from (220, 40).
+// Collections as CVAT 2.54 passes them to an action (recorded_input.json was recorded from it), for
+// the test clip: 12 frames of 320 x 180, where a disc moves right by 5 pixels a frame from (60, 90)
+// and a block moves left by 4 from (220, 40).
 
 export const JOB = {
     id: 4,
     taskId: 4,
     startFrame: 0,
     stopFrame: 11,
-    labels: [{ id: 4, attributes: [{ id: 21, mutable: false }, { id: 22, mutable: true }] }],
+    labels: [{
+        id: 4,
+        name: 'oval',
+        attributes: [{ id: 21, mutable: false }, { id: 22, mutable: true }],
+    }],
 };
 
 export const FIXED = { spec_id: 21, value: 'red' };
@@ -80,7 +84,7 @@ export const BLOCK = {
     rectangle: [220, 40, 271, 101],
 };
 
-/** The same place `frames` frames on. */
+/** The points `dx` pixels further right. */
 export function moved(points, dx) {
     return points.map((value, i) => (i % 2 === 0 ? value + dx : value));
 }

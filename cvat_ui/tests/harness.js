@@ -1,16 +1,18 @@
-// Serves the test page, stands in for CVAT's server between it and the real function, and drives
-// headless Chromium. Wants FUNCTION_URL, the address of a running local_server.py, and FRAMES, a
-// folder of JPEGs named by their number.
+// Serve the test page, stand in for CVAT's server between the page and the function, and drive
+// headless Chromium. Tests that ask the real function need two environment variables: FUNCTION_URL,
+// the address of a running local_server.py, and FRAMES, a folder of JPEGs named by their number.
 
 import { createHmac, randomBytes } from 'node:crypto';
 import { access, readFile } from 'node:fs/promises';
 import { createServer } from 'node:http';
 import { join } from 'node:path';
 import { chromium } from 'playwright-core';
+import { JOB } from './collections.js';
 
 const HERE = import.meta.dirname;
 export const NAME = 'Segment Anything 2: Tracker';
-const TYPES = { js: 'text/javascript', css: 'text/css', html: 'text/html' };
+const HANG_MS = 120_000; // ends a test that waits for what never happens; no test is this slow
+const TYPES = { js: 'text/javascript', html: 'text/html' };
 const TRACKER = {
     id: 'pth-facebookresearch-sam2-tracker',
     name: NAME,
@@ -18,7 +20,7 @@ const TRACKER = {
     supportedShapeTypes: ['mask', 'polygon', 'rectangle', 'ellipse'],
 };
 
-/** What CVAT's server does with a tracker call; its answers can be interposed. */
+/** What CVAT's server does with a tracker call; a test may change its answers. */
 class CvatServer {
     #key = randomBytes(16);
 
@@ -29,28 +31,26 @@ class CvatServer {
     reset() {
         this.loggedIn = true;
         this.functions = [TRACKER, { ...TRACKER, id: 'det', name: 'Detector', kind: 'detector' }];
-        this.requests = []; // {type, frame, body, answer}, only those the function answered
-        this.asked = []; // all of them
-        this.lists = 0;
+        this.received = []; // every tracker request
+        this.answered = []; // the requests that the function answered, each with its `answer`
         /** Tests replace this: (request, forward) => {status, body}; null cuts the connection. */
         this.interpose = (_request, forward) => forward();
     }
 
     list() {
-        this.lists += 1;
         return this.loggedIn
             ? { status: 200, body: this.functions } : { status: 401, body: 'log in first' };
     }
 
     async call(request) {
-        this.asked.push(request);
+        this.received.push(request);
         return this.interpose(request, () => this.#forward(request));
     }
 
     async #forward(request) {
         const { frame, shapes, states = [] } = request;
-        const plain = states.map((state) => this.#unsign(state));
-        if (plain.includes(undefined)) {
+        const unsigned = states.map((state) => this.#unsign(state));
+        if (unsigned.includes(undefined)) {
             return { status: 400, body: 'Invalid or expired tracker state' };
         }
         const image = await readFile(join(process.env.FRAMES, `${String(frame).padStart(5, '0')}.jpg`));
@@ -60,18 +60,19 @@ class CvatServer {
             body: JSON.stringify({
                 image: image.toString('base64'),
                 shapes: shapes ?? states.map(() => null),
-                states: plain,
+                states: unsigned,
             }),
         });
-        if (!response.ok) { // CVAT keeps the function's reason to itself
+        if (!response.ok) { // CVAT passes on the status, not the function's message
             return { status: response.status, body: `${response.status} Server Error` };
         }
         const answer = await response.json();
-        this.requests.push({ ...request, answer: structuredClone(answer) });
-        return { status: 200, body: { ...answer, states: answer.states.map((one) => this.#sign(one)) } };
+        this.answered.push({ ...request, answer: structuredClone(answer) });
+        const signed = answer.states.map((state) => this.#sign(state));
+        return { status: 200, body: { ...answer, states: signed } };
     }
 
-    /** As if 8 hours had passed. */
+    /** Make all states invalid, as CVAT does after 8 hours. */
     expireStates() {
         this.#key = randomBytes(16);
     }
@@ -87,9 +88,9 @@ class CvatServer {
         return signed === this.#sign(state) ? state : undefined;
     }
 
-    /** The function's answer for one object, by frame. */
+    /** The function's answers for one object, by frame. */
     answers(index = 0) {
-        return new Map(this.requests.filter(({ type }) => type === 'track')
+        return new Map(this.answered.filter(({ type }) => type === 'track')
             .map(({ frame, answer }) => [frame, answer.shapes[index]]));
     }
 }
@@ -103,7 +104,7 @@ async function readBody(request) {
 }
 
 async function serveFile(path, response) {
-    response.setHeader('Content-Type', TYPES[path.split('.').pop()] ?? 'image/jpeg');
+    response.setHeader('Content-Type', TYPES[path.split('.').pop()]);
     response.end(await readFile(path));
 }
 
@@ -112,7 +113,7 @@ async function handle(cvat, request, response) {
     if (pathname.startsWith('/api/lambda/functions')) {
         const answer = request.method === 'POST'
             ? await cvat.call(await readBody(request)) : cvat.list();
-        // On a connection that was used before, Chromium would repeat a cut request by itself.
+        // Chromium repeats a request by itself if a reused connection is cut.
         response.setHeader('Connection', 'close');
         if (!answer) {
             request.socket.destroy();
@@ -122,16 +123,41 @@ async function handle(cvat, request, response) {
         response.writeHead(status).end(status === 200 ? JSON.stringify(body) : body);
     } else if (pathname === '/sam2_tracker_action.js') {
         await serveFile(join(HERE, '..', 'sam2_tracker_action.js'), response);
-    } else if (/^\/page\/\w+\.(js|css)$/.test(pathname)) {
+    } else if (/^\/page\/\w+\.js$/.test(pathname)) {
         await serveFile(join(HERE, pathname), response);
-    } else if (/^\/frames\/\d+\.jpg$/.test(pathname)) {
-        await serveFile(join(process.env.FRAMES, pathname.split('/').pop()), response);
-    } else { // any route, as CVAT's UI is one page
+    } else { // CVAT's UI is one page under all addresses
         await serveFile(join(HERE, 'page', 'index.html'), response);
     }
 }
 
-/** Start the page's server and the browser; `close` ends both. */
+/** Open a job with a collection. */
+export async function openJob(page, collection, changes = {}) {
+    await page.evaluate(
+        ([job, objects]) => globalThis.testPage.openJob(job, objects),
+        [{ ...JOB, ...changes }, collection],
+    );
+}
+
+/** Run the action; return null, or the error message that the annotator sees. */
+export async function run(page, frame, target, options = {}) {
+    const { convert = true, every = 1, ...rest } = options;
+    const parameters = {
+        'Target frame': target,
+        'Convert polygon shapes to tracks': String(convert),
+        'Keyframe every N frames': every,
+    };
+    return page.evaluate(
+        (input) => globalThis.testPage.run(input), { name: NAME, frame, parameters, ...rest },
+    );
+}
+
+/** What an annotator can read in the notice, on one line; '' if there is none. */
+export async function noticeText(page) {
+    const notice = page.locator('.sam2-tracker-notice');
+    return await notice.count() ? (await notice.innerText()).replace(/\s+/g, ' ') : '';
+}
+
+/** Start the page's server and the browser; `close` stops both. */
 export async function start() {
     await access('/usr/bin/chromium').catch(() => {
         throw new Error("/usr/bin/chromium is missing: install Debian's package chromium");
@@ -139,7 +165,7 @@ export async function start() {
     const cvat = new CvatServer();
     const server = createServer((request, response) => {
         handle(cvat, request, response).catch((error) => {
-            response.writeHead(599).end(String(error.stack)); // a fault of the harness itself
+            response.writeHead(599).end(String(error.stack)); // an error in this file
         });
     });
     await new Promise((resolve) => { server.listen(0, '127.0.0.1', resolve); });
@@ -153,15 +179,20 @@ export async function start() {
     });
     return {
         cvat,
-        /** Open a page of the site in a browser of its own, and note what its console says. */
+        /** Open a page of the site with its own session; `consoleTexts` gets what it logs. */
         async open(path = '/tasks/4/jobs/4') {
-            const context = await browser.newContext({ viewport: { width: 1000, height: 620 } });
+            const context = await browser.newContext();
+            context.setDefaultTimeout(HANG_MS);
             const page = await context.newPage();
-            page.said = [];
-            page.on('console', (message) => page.said.push(message.text()));
-            page.on('pageerror', (error) => page.said.push(`uncaught: ${error}`));
+            page.consoleTexts = [];
+            page.on('console', (message) => page.consoleTexts.push(message.text()));
+            page.on('pageerror', (error) => page.consoleTexts.push(`uncaught: ${error}`));
             await page.goto(address + path);
             return page;
+        },
+        /** Close all open pages, and with them their scripts. */
+        async closePages() {
+            await Promise.all(browser.contexts().map((context) => context.close()));
         },
         async close() {
             await browser.close();

@@ -1,11 +1,10 @@
-// The snippet under a real nginx, beside a site that is as CVAT UI's own and knows nothing of it:
-// the answers with it are compared with those of the same nginx without it.
+// The snippet under a real nginx with a site like that of CVAT's UI: answers with the snippet are
+// compared with those of the same nginx without it.
 
 import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { copyFile, mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
-import { createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
@@ -23,10 +22,10 @@ const FILES = {
     'assets/logo.svg': '<svg xmlns="http://www.w3.org/2000/svg"><desc></desc></svg>\n',
     'notes.txt': '</head>\n',
 };
-/** What matters here of CVAT UI's react_nginx.conf, in its form. */
-const site = (port, root) => `
+/** The relevant part of react_nginx.conf in CVAT's UI. */
+const site = (socket, root) => `
 server {
-    listen 127.0.0.1:${port};
+    listen unix:${socket};
     root ${root};
     gzip on;
     gzip_types application/javascript text/javascript;
@@ -66,18 +65,9 @@ http {
 let folder;
 const servers = [];
 
-async function freePort() {
-    const probe = createServer().listen(0, '127.0.0.1');
-    await once(probe, 'listening');
-    const { port } = probe.address();
-    probe.close();
-    await once(probe, 'close');
-    return port;
-}
-
-function get(address, headers = {}) {
+function get(socketPath, path, headers = {}) {
     return new Promise((resolve, reject) => {
-        httpRequest(address, { headers, agent: false }, async (response) => {
+        httpRequest({ socketPath, path, headers, agent: false }, async (response) => {
             const chunks = [];
             for await (const chunk of response) {
                 chunks.push(chunk);
@@ -91,29 +81,28 @@ function get(address, headers = {}) {
     });
 }
 
-/** Start nginx with or without the snippet; return its address when it answers. */
+/** Start nginx with or without the snippet; return its socket when it answers. */
 async function startNginx(name, files) {
-    const here = join(folder, name);
-    await mkdir(join(here, 'conf.d'), { recursive: true });
-    const port = await freePort();
-    await writeFile(join(here, 'nginx.conf'), main(here));
-    await writeFile(join(here, 'conf.d', 'default.conf'), site(port, join(folder, 'html')));
+    const prefix = join(folder, name);
+    await mkdir(join(prefix, 'conf.d'), { recursive: true });
+    const socket = join(prefix, 'socket');
+    await writeFile(join(prefix, 'nginx.conf'), main(prefix));
+    await writeFile(join(prefix, 'conf.d', 'default.conf'), site(socket, join(folder, 'html')));
     for (const file of files) {
-        await copyFile(join(UI, file), join(here, 'conf.d', file));
+        await copyFile(join(UI, file), join(prefix, 'conf.d', file));
     }
-    const nginx = spawn('/usr/sbin/nginx', ['-p', here, '-c', join(here, 'nginx.conf')]);
-    let said = '';
-    nginx.stderr.on('data', (data) => { said += data; });
-    nginx.on('error', () => { said += "/usr/sbin/nginx is missing: install Debian's nginx-light"; });
+    const nginx = spawn('/usr/sbin/nginx', ['-p', prefix, '-c', join(prefix, 'nginx.conf')]);
+    let errors = '';
+    nginx.stderr.on('data', (data) => { errors += data; });
+    nginx.on('error', () => { errors += "/usr/sbin/nginx is missing: install Debian's nginx-light"; });
     servers.push(nginx);
-    const address = `http://127.0.0.1:${port}`;
     for (;;) {
-        const answer = await get(address).catch(() => null);
+        const answer = await get(socket, '/').catch(() => null);
         if (answer) {
-            assert.equal(said, ''); // no warning either
-            return address;
+            assert.equal(errors, ''); // nor any warning
+            return socket;
         }
-        assert.ok(nginx.pid && nginx.exitCode === null, `nginx did not start: ${said}`);
+        assert.ok(nginx.pid && nginx.exitCode === null, `nginx did not start: ${errors}`);
     }
 }
 
@@ -140,30 +129,30 @@ after(async () => {
     await rm(folder, { recursive: true });
 });
 
-/** Headers that do not tell the moment or the length, which a longer page may change. */
-function lasting({ date, 'content-length': length, 'transfer-encoding': encoding, ...headers }) {
+/** The headers without the date and those of the length, which the longer page changes. */
+function comparable({ date, 'content-length': length, 'transfer-encoding': encoding, ...headers }) {
     return headers;
 }
 
 for (const path of ['/', '/index.html', '/tasks/4/jobs/4']) {
-    test(`${path}: the tag is before the first </head>, and only there`, async () => {
-        const [was, is] = [await get(plain + path), await get(filtered + path)];
+    test(`${path}: the tag is before the first </head>, and nowhere else`, async () => {
+        const [without, with_] = [await get(plain, path), await get(filtered, path)];
 
-        assert.equal(was.body.toString(), INDEX);
-        assert.equal(is.body.toString(), INDEX.replace('</head>', `${TAG}</head>`));
-        assert.equal(is.status, 200);
-        // A browser must not take its copy from before for unchanged: no validators.
+        assert.equal(without.body.toString(), INDEX);
+        assert.equal(with_.body.toString(), INDEX.replace('</head>', `${TAG}</head>`));
+        assert.equal(with_.status, 200);
+        // No validators: a browser must not take an old copy without the tag for unchanged.
         const {
-            etag, 'last-modified': modified, 'accept-ranges': ranges, ...kept
-        } = lasting(was.headers);
+            etag, 'last-modified': modified, 'accept-ranges': ranges, ...others
+        } = comparable(without.headers);
         assert.ok(etag && modified && ranges);
-        assert.deepEqual(lasting(is.headers), kept);
-        assert.equal(is.headers['cross-origin-embedder-policy'], 'credentialless');
+        assert.deepEqual(comparable(with_.headers), others);
+        assert.equal(with_.headers['cross-origin-embedder-policy'], 'credentialless');
     });
 }
 
-test('compressed, the page is the same', async () => {
-    const answer = await get(filtered, { 'Accept-Encoding': 'gzip' });
+test('the tag is in the compressed page too', async () => {
+    const answer = await get(filtered, '/', { 'Accept-Encoding': 'gzip' });
 
     assert.equal(answer.headers['content-encoding'], 'gzip');
     assert.ok(gunzipSync(answer.body).toString().includes(`${TAG}</head><body>`));
@@ -171,16 +160,17 @@ test('compressed, the page is the same', async () => {
 
 for (const path of Object.keys(FILES).filter((name) => name !== 'index.html')) {
     test(`${path} passes through unchanged, headers included`, async () => {
-        const [was, is] = [await get(`${plain}/${path}`), await get(`${filtered}/${path}`)];
+        const [without, with_] = [await get(plain, `/${path}`), await get(filtered, `/${path}`)];
 
-        assert.equal(is.body.toString(), FILES[path]);
-        const [now, then] = [is, was].map(({ headers }) => ({ ...headers, date: '', expires: '' }));
-        assert.deepEqual([is.status, now], [was.status, then]);
+        assert.equal(with_.body.toString(), FILES[path]);
+        const [expected, actual] = [without, with_]
+            .map(({ status, headers }) => ({ status, ...headers, date: '', expires: '' }));
+        assert.deepEqual(actual, expected);
     });
 }
 
-test('the script is served as JavaScript and is not kept by browsers', async () => {
-    const answer = await get(`${filtered}/sam2_tracker_action.js`);
+test('the script is served as JavaScript that browsers do not cache', async () => {
+    const answer = await get(filtered, '/sam2_tracker_action.js');
 
     assert.equal(answer.status, 200);
     assert.match(answer.headers['content-type'], /^(application|text)\/javascript$/);

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from shapes import ShapeType, encode_cvat_rle, mask_to_shape
 from state_token import StateToken
 from testbed.drawn_frames import base64_text, blob_mask, block_mask, jpeg_frames
+from testbed.forked_replica import ForkedReplica
 from testbed.functions import Replica, Reply, micro_environment
 from testbed.redis_server import RedisServer
 
@@ -213,7 +214,8 @@ class Stage:
 
     def start_replica(self, **environment: str) -> Replica:
         """Start a process; it takes its time."""
-        return Replica(self._environment | environment, log=self.log)
+        replica = Replica if "PYTHONPATH" in environment else ForkedReplica
+        return replica(self._environment | environment, log=self.log)
 
     def replace(self, place: int, **environment: str) -> None:
         """End one replica by SIGKILL and start another in its place."""

@@ -1,7 +1,8 @@
-// A stand-in for CVAT's client core: what an annotation action meets in CVAT 2.54, no more.
-// It differs from CVAT in this: polygons are interpolated point by point when they have equally
-// many (else the earlier one holds), user filters are left out, and every pause is 50 times as
-// short, with its asked-for length noted in `testPage.events`.
+// A stand-in for CVAT's client core and its interface for plugins: the API that an annotation action
+// uses in CVAT 2.54.
+// Differences from CVAT: shapes are interpolated point by point if they have equally many points
+// (else the earlier one holds), there are no user filters, and every timer fires 50 times as fast,
+// with the requested length recorded in `testPage.events`.
 
 'use strict';
 
@@ -9,14 +10,23 @@
     const SPEED = 50;
     const testPage = {
         events: [], // progress texts and pauses, in order
-        registrations: [], // names that register() was asked for
+        registrations: [], // names of the actions that were passed to register()
+        pendingTimers: 0,
+        listRequests: 0, // how often the server was asked for its functions
+        listAnswers: 0, // how many of these requests have ended, well or not
+        frame: 0, // the frame that the page shows
+        shown: [], // the object states that the page shows; the annotations may have changed since
     };
     globalThis.testPage = testPage;
 
     const realSetTimeout = globalThis.setTimeout;
-    globalThis.setTimeout = (callback, delay, ...rest) => {
+    globalThis.setTimeout = (callback, delay) => {
         testPage.events.push({ pause: delay });
-        return realSetTimeout(callback, delay / SPEED, ...rest);
+        testPage.pendingTimers += 1;
+        return realSetTimeout(() => {
+            testPage.pendingTimers -= 1;
+            callback();
+        }, delay / SPEED);
     };
 
     class ServerError extends Error {
@@ -91,7 +101,8 @@
                     frame,
                     outside: Boolean(at.outside),
                     occluded: at.occluded,
-                    keyframe: kind === 'shape' || data.shapes.some((one) => one.frame === frame),
+                    keyframe: kind === 'shape'
+                        || data.shapes.some((keyframe) => keyframe.frame === frame),
                     hidden: Boolean(hidden),
                     lock: Boolean(lock),
                     zOrder: at.z_order,
@@ -104,7 +115,7 @@
             };
             const add = (kind, data) => {
                 if (data.clientID !== undefined || data.id !== undefined) {
-                    throw new Error('what is created has no ids yet');
+                    throw new Error('a created object must not have an id or clientID');
                 }
                 (data.shapes ?? [data]).forEach(checkPoints);
                 nextClientID += 1;
@@ -135,15 +146,15 @@
                 export: async () => ({
                     shapes: exported('shape'), tracks: exported('track'), tags: [],
                 }),
-                commit: async (created, gone) => {
-                    const removed = [...gone.shapes, ...gone.tracks, ...gone.tags].map((one) => {
-                        const object = objects.get(one.clientID);
+                commit: async (created, { shapes, tracks, tags }) => {
+                    const removed = [...shapes, ...tracks, ...tags].map(({ clientID }) => {
+                        const object = objects.get(clientID);
                         if (!object) {
-                            throw new Error('what is deleted was not found');
+                            throw new Error('a deleted object was not found');
                         }
                         return object;
                     });
-                    // As in CVAT: when one throws, those before it stay.
+                    // As in CVAT: if an object cannot be added, those added before it stay.
                     const added = [
                         ...created.shapes.map((data) => add('shape', data)),
                         ...created.tracks.map((data) => add('track', data)),
@@ -166,7 +177,7 @@
                     }
                 }
             };
-            // A person's correction of a shape, or of a track by a keyframe.
+            // Correct a shape, or a track by a keyframe, as a person does.
             this.correct = (clientID, frame, points) => {
                 const { kind, data } = objects.get(clientID);
                 data.source = 'manual';
@@ -174,7 +185,9 @@
                     data.points = points;
                 } else {
                     const keyframe = { ...positionAt(data, frame), frame, points };
-                    data.shapes = [...data.shapes.filter((one) => one.frame !== frame), keyframe];
+                    data.shapes = [
+                        ...data.shapes.filter((other) => other.frame !== frame), keyframe,
+                    ];
                 }
             };
             this.undo = () => undoSteps.pop()();
@@ -204,10 +217,10 @@
             await action.init(job, prepare(action.parameters, parameters));
             const { deleted, ...frameData } = await job.frames.get(frame);
             const chosen = action.applyFilter({ collection, frameData: { ...frameData, deleted } });
-            const { created, deleted: gone } = await action.run({
+            const result = await action.run({
                 collection: chosen, frameData, onProgress: report, cancelled,
             });
-            await job.annotations.commit(created, gone, frame);
+            await job.annotations.commit(result.created, result.deleted, frame);
         } finally {
             await action.destroy();
         }
@@ -247,12 +260,52 @@
             },
         },
         lambda: {
-            list: async () => ({ models: await request('/api/lambda/functions') }),
+            list: async () => {
+                testPage.listRequests += 1;
+                try {
+                    return { models: await request('/api/lambda/functions') };
+                } finally {
+                    testPage.listAnswers += 1;
+                }
+            },
             call: async (taskId, model, body) => request(
                 `/api/lambda/functions/${model.id}`, { ...body, task: taskId },
             ),
         },
     };
+
+    // -------------------------------------------------------------- the page
+
+    async function showFrame(frame) {
+        testPage.frame = frame;
+        testPage.shown = await testPage.job.annotations.get(frame, false, []);
+    }
+
+    const changeFrameAsync = (frame, fillBuffer, frameStep, forceUpdate) => async () => {
+        if (frame !== testPage.frame || forceUpdate) {
+            testPage.events.push({ changeFrame: frame });
+            await showFrame(frame);
+        }
+    };
+    globalThis.cvatUI = Object.freeze({
+        registerComponent: (build) => {
+            const { name, destructor } = build({
+                dispatch: (thunk) => thunk(),
+                actionCreators: { changeFrameAsync },
+                store: {
+                    getState: () => ({
+                        annotation: {
+                            job: { instance: testPage.job },
+                            player: { frame: { number: testPage.frame } },
+                        },
+                    }),
+                },
+            });
+            if (typeof name !== 'string' || typeof destructor !== 'function') {
+                throw new Error('a plugin has a name and a destructor');
+            }
+        },
+    });
 
     // -------------------------------------------------------------- for the tests
 
@@ -275,14 +328,16 @@
             const cancelled = () => cancelAfter !== undefined && testPage.events.some(
                 ({ text }) => text?.startsWith(cancelAfter),
             );
-            const states = (await testPage.job.annotations.get(frame, false, []))
-                .filter((state) => state.clientID === clientID);
+            await showFrame(frame);
+            const states = testPage.shown.filter((state) => state.clientID === clientID);
             const go = clientID === undefined
                 ? core.actions.run(testPage.job, action, parameters, frame, () => {}, cancelled)
                 : core.actions.call(
                     testPage.job, action, parameters, frame, states, () => {}, cancelled,
                 );
-            return go.then(() => null, (error) => error.message);
+            // CVAT's window shows the new objects unless the run was cancelled.
+            return go.then(() => (cancelled() ? undefined : showFrame(frame)))
+                .then(() => null, (error) => error.message);
         },
         isApplicable: async (name, frame) => {
             const states = await testPage.job.annotations.get(frame, true, []);
