@@ -34,7 +34,7 @@ Answer = tuple[str, list[str], str, int]
 
 
 def function_status(**changes: str) -> str:
-    """Return what `nuctl get function --output json` says of a tracker that is well, or not."""
+    """Return what `nuctl get function --output json` prints, with some fields changed."""
     fields = {"project": "cvat", "namespace": "nuclio", "type": "tracker", "state": "ready"}
     fields |= changes
     status = {
@@ -63,7 +63,7 @@ HEALTHY: list[Answer] = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a script did: its exit status, its text, and the command lines it started."""
+    """Exit status and output of a script, and the command lines that it ran."""
 
     status: int
     text: str
@@ -74,8 +74,8 @@ class Outcome:
         return [call for call in self.calls if tuple(call[: len(prefix)]) == prefix]
 
 
-# Stands in for docker, nuctl, curl and kubectl: notes its command line, keeps the folder that a
-# deployment names, answers as it was told.
+# Replaces docker, nuctl, curl and kubectl: records its command line, copies the folder that a
+# deployment names, and prints a given answer.
 STUB = """#!/bin/sh
 printf '%s\\n' "${{0##*/}}" "$@" . >> {calls}
 has() {{
@@ -98,7 +98,7 @@ class Machine:
     """A PATH with stand-ins for docker, nuctl, curl and kubectl, and a few shell tools.
 
     Attributes:
-        folder: For the stand-ins and what they note.
+        folder: For the stand-ins and their records.
         shell_tools: Folder of links to the shell tools.
         checkout: A small checkout of the repository, with stand-ins for the code and the weights.
     """
@@ -118,7 +118,7 @@ class Machine:
         return self.checkout / "interactor"
 
     def remove(self, tool: str) -> None:
-        """Make a tool missing."""
+        """Remove a tool from PATH."""
         (self.bin / tool).unlink()
 
     def run(
@@ -170,7 +170,7 @@ class Machine:
 
 
 def _unstage(call: list[str]) -> list[str]:
-    """Name the temporary folder of the copied function, which differs from run to run."""
+    """Replace the name of the temporary folder, which differs from run to run."""
     if call[:2] == ["nuctl", "deploy"]:
         staged = str(Path(call[call.index("--file") + 1]).parent)
     elif call[:2] == ["docker", "build"]:
@@ -209,7 +209,7 @@ def machine(tmp_path: Path, shell_tools: Path, checkout: Path) -> Machine:
 
 
 def nuctl_deploy(config: str, *options: str, platform: str = "local") -> list[str]:
-    """Return the deploying command line as CVAT's scripts have it, with these options after it."""
+    """Return the deploy command line of CVAT's scripts, followed by these options."""
     return [
         *("nuctl", "deploy", "--project-name", "cvat", "--path", STAGED),
         *("--file", f"{STAGED}/{config}", "--platform", platform, *options),
@@ -233,7 +233,7 @@ def cvat_redis() -> list[str]:
 
 
 def test_cpu_deployment_runs_the_command_lines_of_cvats_script(machine: Machine) -> None:
-    """The base image is built and tagged, the project made, the function deployed, then asked."""
+    """They build the base image, create the project, and deploy and test the function."""
     outcome = machine.run(REPOSITORY / "deploy_cpu.sh")
 
     assert outcome.status == 0, outcome.text
@@ -248,7 +248,7 @@ def test_cpu_deployment_runs_the_command_lines_of_cvats_script(machine: Machine)
 
 
 def test_gpu_deployment_builds_no_base_image(machine: Machine) -> None:
-    """Like CVAT's script: function-gpu.yaml builds from public images alone."""
+    """Like CVAT's script: function-gpu.yaml builds from public images only."""
     outcome = machine.run("deploy_gpu.sh")
 
     assert outcome.status == 0, outcome.text
@@ -260,7 +260,7 @@ def test_gpu_deployment_builds_no_base_image(machine: Machine) -> None:
 
 @pytest.mark.parametrize("given", ["sam2 tracker", "sam2 tracker/nuclio"])
 def test_folder_with_spaces_stays_one_word(machine: Machine, given: str) -> None:
-    """The function's folder, or the one that CVAT's layout puts around it, may be given."""
+    """The argument may be the function's folder or, as in CVAT's layout, its parent."""
     folder = copy_function(machine.folder / "my functions" / "sam2 tracker" / "nuclio")
 
     outcome = machine.run("deploy_cpu.sh", machine.folder / "my functions" / given)
@@ -270,8 +270,8 @@ def test_folder_with_spaces_stays_one_word(machine: Machine, given: str) -> None
     assert len(outcome.of("nuctl", "deploy")) == 1
 
 
-def test_scripts_deploy_their_own_folder_inside_a_cvat_checkout(machine: Machine) -> None:
-    """Copied into CVAT's tree, the scripts make the tag that CVAT's own script makes."""
+def test_scripts_in_a_cvat_checkout_deploy_their_own_folder(machine: Machine) -> None:
+    """The base image then gets the same tag as from CVAT's own script."""
     serverless = machine.folder / "cvat" / "serverless"
     folder = copy_function(
         serverless / "pytorch" / "facebookresearch" / "sam2_tracker" / "nuclio", scripts=True
@@ -288,7 +288,7 @@ def test_scripts_deploy_their_own_folder_inside_a_cvat_checkout(machine: Machine
 def test_cvats_own_scripts_deploy_the_tracker_and_then_the_interactor(
     name: str, tmp_path: Path
 ) -> None:
-    """They deploy every such file below the folder, in the order in which bash lists them."""
+    """They deploy every such file in the folder, in the order of bash's listing."""
     copied = tmp_path / "nuclio"
     for path in repository_files():
         if path.name == name:
@@ -305,19 +305,19 @@ def test_cvats_own_scripts_deploy_the_tracker_and_then_the_interactor(
         str(copied / name),
         str(copied / "interactor" / name),
     ]
-    assert not (INTERACTOR / "Dockerfile").exists()  # they would build it without the code
+    assert not (INTERACTOR / "Dockerfile").exists()  # CVAT's script would build it without the code
 
 
 @pytest.mark.parametrize("folder", [REPOSITORY, INTERACTOR])
 def test_base_image_has_the_tag_that_cvats_own_script_gives(folder: Path) -> None:
-    """Its name is made of the tracker's path in a checkout of CVAT."""
+    """The tag is made from the tracker's path in a checkout of CVAT."""
     checkout = Path("/cvat/serverless/pytorch/facebookresearch/sam2_tracker/nuclio/function.yaml")
 
     assert f"baseImage: {cvats_docker_build(checkout)[3]}" in (folder / "function.yaml").read_text()
 
 
 def interactor_answers(**changes: str) -> list[Answer]:
-    """Return what differs on a machine on which the interactor is deployed."""
+    """Return the answers on a machine on which the interactor is deployed."""
     answer = '{"mask":[[0,1]],"shapes":[{"type":"mask","points":[0,1,1,0,1,0]}]}'
     return [
         ("nuctl", ["get", "function"], function_status(**{"type": "interactor"} | changes), 0),
@@ -326,7 +326,7 @@ def interactor_answers(**changes: str) -> list[Answer]:
 
 
 def test_interactor_is_deployed_from_the_same_checkout(machine: Machine) -> None:
-    """Its yaml, the code beside the script, the tracker's base image, and no store."""
+    """With its yaml, the code in the script's folder, the tracker's base image, and no Redis."""
     outcome = machine.run(REPOSITORY / "deploy_cpu.sh", INTERACTOR, answers=interactor_answers())
 
     assert outcome.status == 0, outcome.text
@@ -343,8 +343,8 @@ def test_interactor_is_deployed_from_the_same_checkout(machine: Machine) -> None
     )
 
 
-def test_interactor_on_a_gpu_takes_the_trackers_image(machine: Machine) -> None:
-    """Nothing of it is built from the start; it has the model that the tracker has."""
+def test_interactor_on_a_gpu_uses_the_trackers_image(machine: Machine) -> None:
+    """No base image is built; the model is the tracker's."""
     outcome = machine.run(
         "deploy_gpu.sh",
         machine.interactor,
@@ -364,8 +364,8 @@ def test_interactor_on_a_gpu_takes_the_trackers_image(machine: Machine) -> None:
     assert "the model facebook/other is ignored" in outcome.text
 
 
-def test_interactor_without_the_trackers_image_is_told_so(machine: Machine) -> None:
-    """Docker would look for it on the internet."""
+def test_missing_image_of_the_tracker_is_reported(machine: Machine) -> None:
+    """Without the check, Docker would look for it on the internet."""
     outcome = machine.run(
         "deploy_gpu.sh", machine.interactor, answers=[("docker", ["image"], "", 1)]
     )
@@ -377,7 +377,7 @@ def test_interactor_without_the_trackers_image_is_told_so(machine: Machine) -> N
 
 @pytest.mark.parametrize("script", ["deploy_cpu.sh", "deploy_gpu.sh"])
 def test_interactor_runs_in_an_image_of_the_tracker(machine: Machine, script: str) -> None:
-    """One image to carry to a site without internet: the handler is not in it."""
+    """A site without internet needs only one image: the handler is set in the yaml."""
     outcome = machine.run(
         script, machine.interactor, "--image", "lab/sam2-tracker:1",
         answers=[*interactor_answers(), ("docker", ["image"], "", 1)],
@@ -394,10 +394,10 @@ def test_interactor_runs_in_an_image_of_the_tracker(machine: Machine, script: st
     assert staged["spec"]["handler"] == "interaction.main:handler"
 
 
-def test_interactor_inside_a_cvat_checkout_is_deployed_with_the_code_around_it(
+def test_interactor_in_a_cvat_checkout_uses_the_code_of_its_parent_folder(
     machine: Machine,
 ) -> None:
-    """The folders are copied as they are."""
+    """The layout is the same as in this repository."""
     serverless = machine.folder / "cvat" / "serverless"
     folder = copy_function(
         serverless / "pytorch" / "facebookresearch" / "sam2_tracker" / "nuclio", scripts=True
@@ -414,7 +414,7 @@ def test_interactor_inside_a_cvat_checkout_is_deployed_with_the_code_around_it(
 
 
 def test_self_test_of_the_interactor_asks_for_a_click(machine: Machine) -> None:
-    """Health, then a click on the bright square, as CVAT sends it."""
+    """It asks for the health, then for a click on the bright square, as CVAT does."""
     outcome = machine.run("deploy_cpu.sh", machine.interactor, answers=interactor_answers())
 
     health, click = outcome.of("curl")
@@ -449,7 +449,7 @@ def test_interactor_that_does_not_answer_fails_the_self_test(
 
 
 def test_folder_of_another_function_is_refused(machine: Machine) -> None:
-    """Neither its base image nor its self-test would be known."""
+    """The script knows neither its base image nor how to test it."""
     folder = copy_function(machine.folder / "function")
     config = folder / "function.yaml"
     config.write_text(config.read_text().replace("type: tracker", "type: detector"))
@@ -460,8 +460,8 @@ def test_folder_of_another_function_is_refused(machine: Machine) -> None:
     assert "neither a tracker nor an interactor" in outcome.text
 
 
-def test_nuctl_gets_a_copy_of_what_the_function_is_made_of(machine: Machine) -> None:
-    """A virtual environment in the folder, 5 GB with links that nuctl cannot copy, stays out."""
+def test_nuctl_gets_a_copy_of_the_functions_files(machine: Machine) -> None:
+    """It leaves out a virtual environment: 5 GB, with links that nuctl cannot copy."""
     folder = copy_function(machine.folder / "function")
     (folder / ".venv").mkdir()
     (folder / ".venv" / "lib64").symlink_to(folder)
@@ -479,8 +479,8 @@ def test_nuctl_gets_a_copy_of_what_the_function_is_made_of(machine: Machine) -> 
     assert staged.stat().st_mode & 0o555 == 0o555
 
 
-def test_redis_settings_are_handed_on_and_the_password_is_shown_nowhere(machine: Machine) -> None:
-    """Not in the commands that are printed, nor in what nuctl says when it fails."""
+def test_redis_settings_are_passed_on_and_the_password_is_not_printed(machine: Machine) -> None:
+    """Neither in the commands nor in nuctl's output when it fails."""
     password = "p&ss w$rd"
     env = {
         "CVAT_FUNCTIONS_REDIS_HOST": "redis.example.com",
@@ -514,7 +514,7 @@ def test_redis_settings_are_handed_on_and_the_password_is_shown_nowhere(machine:
 
 
 def test_password_given_as_an_option_is_hidden_too(machine: Machine) -> None:
-    """--env of a Redis setting is the same as the setting in the environment."""
+    """--env of a Redis setting is the same as the variable in the environment."""
     outcome = machine.run(
         "deploy_gpu.sh",
         *("--env", "CVAT_FUNCTIONS_REDIS_HOST=h", "--env", "CVAT_FUNCTIONS_REDIS_PASSWORD=hunter2"),
@@ -533,8 +533,8 @@ def test_password_given_as_an_option_is_hidden_too(machine: Machine) -> None:
     ]
 
 
-def test_value_that_nuctl_would_hand_to_a_shell_is_refused(machine: Machine) -> None:
-    """On the local platform nuctl puts values between single quotes, unescaped."""
+def test_value_with_a_single_quote_is_refused(machine: Machine) -> None:
+    """On the local platform nuctl puts values between single quotes in a shell, unescaped."""
     env = {"CVAT_FUNCTIONS_REDIS_PASSWORD": "it's"}
 
     refused = machine.run("deploy_cpu.sh", env=env)
@@ -547,8 +547,8 @@ def test_value_that_nuctl_would_hand_to_a_shell_is_refused(machine: Machine) -> 
     assert on_kubernetes.of("nuctl", "deploy")
 
 
-def test_empty_redis_host_keeps_the_tracks_inside_the_function(machine: Machine) -> None:
-    """Set but empty is a choice, not a gap to fill with CVAT's Redis."""
+def test_empty_redis_host_leaves_the_tracks_in_the_function(machine: Machine) -> None:
+    """A variable that is set but empty is not replaced by CVAT's Redis."""
     outcome = machine.run("deploy_cpu.sh", env={"CVAT_FUNCTIONS_REDIS_HOST": ""})
 
     assert outcome.of("nuctl", "deploy") == [
@@ -593,7 +593,7 @@ def test_kubernetes_deployment_names_registry_and_namespace(machine: Machine) ->
 
 
 def test_existing_project_is_left_alone(machine: Machine) -> None:
-    """On Kubernetes, creating a project that is there is an error."""
+    """On Kubernetes, creating an existing project is an error."""
     outcome = machine.run("deploy_cpu.sh", answers=[("nuctl", ["get", "project"], "cvat\n", 0)])
 
     assert outcome.of("nuctl", "create") == []
@@ -610,7 +610,7 @@ def test_existing_project_is_left_alone(machine: Machine) -> None:
 def test_model_is_chosen_by_one_option_or_variable(
     machine: Machine, script: str, yaml_line: str | None, build_words: list[str] | None
 ) -> None:
-    """It becomes a build argument: of the base image, or in the copied GPU yaml."""
+    """It becomes a build argument of the base image, or one in the copied GPU yaml."""
     outcome = machine.run(script, env={"SAM2_MODEL_ID": "facebook/sam2.1-hiera-large"})
 
     assert outcome.status == 0, outcome.text
@@ -622,8 +622,8 @@ def test_model_is_chosen_by_one_option_or_variable(
         assert "SAM2_MODEL_ID=facebook/sam2.1-hiera-tiny" not in staged
 
 
-def test_image_built_before_is_deployed_without_building(machine: Machine) -> None:
-    """A build section in the yaml, or a path, makes nuctl build: neither may be there."""
+def test_existing_image_is_deployed_without_building(machine: Machine) -> None:
+    """A build section in the yaml, or a path, would make nuctl build."""
     outcome = machine.run("deploy_gpu.sh", "--image", "lab/sam2-tracker:1")
 
     assert outcome.status == 0, outcome.text
@@ -636,8 +636,8 @@ def test_image_built_before_is_deployed_without_building(machine: Machine) -> No
     assert staged == original
 
 
-def test_image_is_built_without_a_cvat_or_a_gpu_beside_it(machine: Machine) -> None:
-    """For a site without internet: built here, carried over, deployed there with --image."""
+def test_image_is_built_on_a_machine_without_cvat_and_gpu(machine: Machine) -> None:
+    """A site without internet then deploys it with --image."""
     outcome = machine.run(
         "deploy_gpu.sh",
         "--build-only",
@@ -805,7 +805,7 @@ def test_dry_run_prints_the_commands_and_runs_none(machine: Machine) -> None:
 def test_missing_tool_is_named_before_anything_is_built(
     machine: Machine, tool: str, message: str
 ) -> None:
-    """The check looks at everything, so that one run tells the whole list."""
+    """One run lists everything that is missing."""
     machine.remove(tool)
 
     outcome = machine.run("deploy_cpu.sh")
@@ -832,10 +832,10 @@ def test_missing_tool_is_named_before_anything_is_built(
         ),
     ],
 )
-def test_machine_that_cannot_run_the_function_is_told_so(
+def test_missing_requirement_of_the_machine_is_reported(
     machine: Machine, script: str, answer: Answer, message: str
 ) -> None:
-    """Each thing that is missing is named, with what to do."""
+    """The message names it, and what to do."""
     outcome = machine.run(script, answers=[answer])
 
     assert outcome.status == EXIT_MISSING
@@ -843,8 +843,8 @@ def test_machine_that_cannot_run_the_function_is_told_so(
     assert outcome.of("nuctl", "deploy") == []
 
 
-def test_kubernetes_without_a_registry_is_told_so(machine: Machine) -> None:
-    """The cluster has to pull the image from somewhere."""
+def test_missing_registry_for_kubernetes_is_reported(machine: Machine) -> None:
+    """The cluster pulls the image from it."""
     outcome = machine.run("deploy_gpu.sh", "--platform", "kube")
 
     assert outcome.status == EXIT_MISSING
@@ -861,8 +861,10 @@ def test_kubernetes_without_a_registry_is_told_so(machine: Machine) -> None:
         (("docker", [IMAGE], "", 1), "no container named nuclio"),
     ],
 )
-def test_doubtful_nuclio_is_a_warning(machine: Machine, answer: Answer, message: str) -> None:
-    """Other versions often work together, and a dashboard may start later."""
+def test_other_version_of_nuclio_is_a_warning(
+    machine: Machine, answer: Answer, message: str
+) -> None:
+    """Different versions often work together, and the dashboard may start later."""
     outcome = machine.run("deploy_cpu.sh", answers=[answer])
 
     assert outcome.status == 0, outcome.text
@@ -879,7 +881,7 @@ def test_doubtful_nuclio_is_a_warning(machine: Machine, answer: Answer, message:
 def test_nothing_is_deployed_after_a_failure(
     machine: Machine, answer: Answer, message: str
 ) -> None:
-    """The failed command's own words are shown, then what it means."""
+    """The output has the failed command's message, then what it means."""
     outcome = machine.run("deploy_cpu.sh", answers=[answer])
 
     assert outcome.status == EXIT_FAILED
@@ -889,7 +891,7 @@ def test_nothing_is_deployed_after_a_failure(
 
 
 def test_failed_deployment_is_not_tested(machine: Machine) -> None:
-    """What the port answers then would come from an older function."""
+    """An answer would come from an earlier function."""
     outcome = machine.run("deploy_cpu.sh", answers=[("nuctl", ["deploy"], "boom\n", 1)])
 
     assert outcome.status == EXIT_FAILED
@@ -898,7 +900,7 @@ def test_failed_deployment_is_not_tested(machine: Machine) -> None:
 
 
 def test_self_test_tracks_one_object_on_the_functions_own_port(machine: Machine) -> None:
-    """Health, then a rectangle on one frame, then the state it answered, as CVAT sends it."""
+    """It asks for the health, starts a rectangle, and sends the answered state, as CVAT does."""
     outcome = machine.run("deploy_cpu.sh")
 
     health, start, go_on = outcome.of("curl")
@@ -940,10 +942,10 @@ def test_function_that_does_not_answer_fails_the_self_test(
         ({"state": "error"}, "its state is not ready"),
     ],
 )
-def test_function_that_cvat_will_not_list_is_told_so(
+def test_function_that_cvat_will_not_list_is_reported(
     machine: Machine, changes: dict[str, str], reason: str
 ) -> None:
-    """Deployed and invisible is the most common trouble: one line gives the reason."""
+    """This is the most common problem; one line gives the reason."""
     outcome = machine.run(
         "deploy_cpu.sh", answers=[("nuctl", ["get", "function"], function_status(**changes), 0)]
     )
@@ -973,7 +975,7 @@ def test_function_that_cvat_will_not_list_is_told_so(
 def test_wrong_options_are_refused_with_what_is_expected(
     machine: Machine, arguments: list[str], message: str
 ) -> None:
-    """Nothing has been started by then."""
+    """No command has run."""
     outcome = machine.run("deploy_cpu.sh", *arguments)
 
     assert (outcome.status, outcome.calls) == (EXIT_USAGE, [])
@@ -981,7 +983,7 @@ def test_wrong_options_are_refused_with_what_is_expected(
 
 
 def test_help_names_every_option(machine: Machine) -> None:
-    """The options in the text are those that the script knows."""
+    """The help text has all options of the script."""
     script = (REPOSITORY / "deploy" / "deploy_lib.sh").read_text()
     cases = re.findall(r"^ +(--[a-z-]+(?: \| --?[a-z-]+)*)\)", script, flags=re.MULTILINE)
     known = {option for case in cases for option in case.split(" | ") if len(option) > 2}
@@ -1010,56 +1012,6 @@ def test_scripts_are_shellcheck_clean(arguments: list[str]) -> None:
     )
 
     assert done.returncode == 0, done.stdout
-
-
-DOCS = ["deployment.md", "kubernetes.md", "troubleshooting.md"]
-
-
-@pytest.mark.parametrize("name", DOCS)
-def test_docs_link_to_what_is_there(name: str) -> None:
-    """Files, and the headings within them."""
-    text = (REPOSITORY / "docs" / name).read_text()
-    links = re.findall(r"\]\((?!https://)([^)#]*)(?:#([^)]*))?\)", text)
-
-    assert links
-    for file, anchor in links:
-        target = REPOSITORY / "docs" / (file or name)
-        assert target.exists(), file
-        if anchor:
-            headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE)
-            slugs = [re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings]
-            assert anchor in slugs
-
-
-@pytest.mark.parametrize("name", DOCS)
-def test_docs_name_options_and_variables_that_exist(name: str) -> None:
-    """What is renamed in the code must not live on in the docs."""
-    text = (REPOSITORY / "docs" / name).read_text()
-    known = "".join(
-        (REPOSITORY / one).read_text() for one in ("settings.py", "deploy/deploy_lib.sh")
-    )
-    compose = (REPOSITORY / "compose.yaml").read_text()
-
-    for variable in re.findall(r"\bSAM2_[A-Z_]+\b|\bCVAT_FUNCTIONS_[A-Z_]+[A-Z]\b", text):
-        assert variable in known + compose, variable
-    for command in re.findall(r"deploy_[cg]pu\.sh ([^`\n#]*)", text):
-        for option in re.findall(r"--[a-z-]+", command):
-            assert option in known, option
-
-
-def test_troubleshooting_gives_sign_cause_and_fix_of_ten_failures() -> None:
-    """What people report about such functions."""
-    text = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
-
-    entries = re.split(r"^## \d+\. ", text, flags=re.MULTILINE)[1:]
-
-    assert len(entries) == 10
-    for entry in entries:
-        assert re.findall(r"^- \*\*(\w+)\*\*: ", entry, flags=re.MULTILINE) == [
-            "Sign",
-            "Cause",
-            "Fix",
-        ]
 
 
 def copy_function(target: Path, *, scripts: bool = False) -> Path:
@@ -1093,7 +1045,7 @@ def cvats_docker_build(config: Path) -> list[str]:
 
 
 def repository_files() -> Iterator[Path]:
-    """Yield the files that a copy of the repository would hold."""
+    """Yield the repository's files, without hidden folders and results."""
     for folder, names, files in os.walk(REPOSITORY):
         names[:] = [name for name in names if not name.startswith(".") and name != "out"]
         yield from (Path(folder, name) for name in files)
