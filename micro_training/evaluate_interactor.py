@@ -7,10 +7,12 @@
 import argparse
 import base64
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -49,7 +51,7 @@ class InteractorClient:
     def __init__(self) -> None:
         """Start the interactor; `request_ms` collects the time of each request."""
         self._context = Context(logger=Logger(level="INFO"), worker_id=0)
-        with micro_environment():
+        with micro_environment(), patch.dict(os.environ, SAM2_INTERACTOR_EXTREME_POINTS="on"):
             function.init_context(self._context)
         self.request_ms: list[float] = []
 

@@ -52,7 +52,8 @@ def start(
     micro = {"SAM2_CONFIG": "", "SAM2_CHECKPOINT": "", "SAM2_IMAGE_SIZE": ""}
     micro |= {"SAM2_MODEL_ID": "micro"}
     environment = micro if weights == "micro" else {}
-    return lambda: start_interactor(environment | {"SAM2_FEATURE_CACHE_FRAMES": "8"})
+    environment |= {"SAM2_FEATURE_CACHE_FRAMES": "8", "SAM2_INTERACTOR_EXTREME_POINTS": "on"}
+    return lambda: start_interactor(environment)
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ RIGHT = [
     ("SAM2_MAX_OBJECTS", "2", "limits.objects", 2),
     ("SAM2_MAX_POLYGON_POINTS", "10", "limits.polygon_points", 10),
     ("SAM2_MAX_MASK_RUNS", "10", "limits.mask_runs", 10),
-    ("SAM2_INTERACTOR_EXTREME_POINTS", "off", "interactor.extreme_points", False),
+    ("SAM2_INTERACTOR_EXTREME_POINTS", "on", "interactor.extreme_points", True),
     ("SAM2_INTERACTOR_HOLE_AREA", "0", "interactor.hole_area", 0),
     ("SAM2_INTERACTOR_ISLAND_AREA", "20", "interactor.island_area", 20),
     ("SAM2_INTERACTOR_MASK", "cropped", "interactor.mask", MaskForm.CROPPED),
@@ -104,6 +104,7 @@ def test_empty_environment_gives_the_defaults() -> None:
     assert settings.model_id == "facebook/sam2.1-hiera-tiny"
     assert settings.state_ttl_s == 8 * 3600
     assert settings.retry_window_s == 600
+    assert not settings.interactor.extreme_points
 
 
 def test_host_alone_reaches_a_plain_redis() -> None:
