@@ -71,7 +71,7 @@ def test_cvat_cli_keeps_its_states_here(
     for name in ("_TrackingStateContainer", "_tracking_states", "_tracking_state_id_generator"):
         monkeypatch.setattr(driver, name, vars(driver).get(name), raising=False)
 
-    states.take_over()
+    states.install()
     driver.AgentTrackingFunctionDriver.init_worker(str)
 
     assert driver._tracking_states is states
@@ -97,7 +97,7 @@ def test_state_comes_back_from_another_agent(
     assert (followed.token, shape_type) == (first, "mask")
 
     followed.token = newest = token()
-    other.move([followed])
+    other.update([followed])
     assert states.retrieve(name, 7, DIMS)[0].token == newest
 
 
@@ -107,7 +107,7 @@ def test_state_lives_from_its_last_frame(states: SharedStates, client: redis.Red
     (key,) = client.keys(f"*{name.partition('.')[0]}*:agent:*")
     client.expire(key, 5)
 
-    states.move([states.retrieve(name, 7, DIMS)[0]])
+    states.update([states.retrieve(name, 7, DIMS)[0]])
 
     assert TTL_S - 5 < int(client.ttl(key)) <= TTL_S
 
@@ -124,7 +124,7 @@ def test_store_that_is_away_moves_nothing() -> None:
 
     server.connected = False
     with pytest.raises(StateStoreUnavailableError, match="nothing is lost"):
-        states.move(moved)
+        states.update(moved)
     with pytest.raises(BadArError, match="nothing is lost"):
         states.retrieve(names[0], 7, DIMS)
     server.connected = True

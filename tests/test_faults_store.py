@@ -160,7 +160,7 @@ def test_unknown_answer_of_a_cold_start_ends_it_at_once() -> None:
     with oracle(lambda _: b"$zz\r\n") as store, pytest.raises(StateStoreUnavailableError) as failed:
         store.ping()
 
-    assert not failed.value.may_pass
+    assert not failed.value.transient
 
 
 def test_rights_that_the_documentation_names_are_enough(

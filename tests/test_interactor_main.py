@@ -110,14 +110,25 @@ def test_request_logs_one_line_with_what_it_did(interactor: Function, log: io.St
 def test_settings_shape_the_answer(
     start_interactor: Callable[[dict[str, str]], Function],
 ) -> None:
-    """The form of the mask, and what extreme points mean."""
+    """The form of the mask, and whether extreme points mean a box."""
     four = click([10, 50], [30, 20], [60, 45], [35, 90])
     _, usual = start_interactor({}).call(four)
     bare = start_interactor({"SAM2_INTERACTOR_MASK": "none"}).call(four)[1]
-    points = start_interactor({"SAM2_INTERACTOR_EXTREME_POINTS": "off"}).call(four)[1]
+    boxed = start_interactor({"SAM2_INTERACTOR_EXTREME_POINTS": "on"}).call(four)[1]
 
     assert bare == {"shapes": usual["shapes"]}
-    assert points["shapes"] != usual["shapes"]
+    assert boxed["shapes"] != usual["shapes"]
+
+
+def test_four_clicks_are_not_taken_for_a_box_by_default(
+    start_interactor: Callable[[dict[str, str]], Function],
+) -> None:
+    """Four ordinary clicks on an object often lie like extreme points."""
+    four = click([10, 50], [30, 20], [60, 45], [35, 90])
+    default = start_interactor({}).call(four)
+    off = start_interactor({"SAM2_INTERACTOR_EXTREME_POINTS": "off"}).call(four)
+
+    assert default == off
 
 
 def test_get_tells_the_health_and_other_methods_are_refused(interactor: Function) -> None:
@@ -125,7 +136,7 @@ def test_get_tells_the_health_and_other_methods_are_refused(interactor: Function
     assert interactor.call(b"", "GET") == (200, {"status": "ok"})
     status, answer = interactor.call(click([60, 90]), "PUT")
     assert status == 405
-    assert answer["error"] == "PUT is not served: POST segments, GET tells the health"
+    assert answer["error"] == "PUT is not served: POST segments, GET reports the health"
 
 
 def test_bug_is_logged_and_its_text_stays_inside(

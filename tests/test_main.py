@@ -197,7 +197,7 @@ def test_other_methods_are_refused(function: Function, method: str) -> None:
     status, answer = function.call(body(MASK), method)
 
     assert status == 405
-    assert answer["error"] == f"{method} is not served: POST tracks, GET tells the health"
+    assert answer["error"] == f"{method} is not served: POST tracks, GET reports the health"
 
 
 def test_request_logs_one_line_with_what_it_did(function: Function, log: io.StringIO) -> None:
@@ -266,7 +266,7 @@ def test_failed_start_ends_with_one_clear_line(
     reason: str,
 ) -> None:
     """The process must not run, and the log says why without a traceback."""
-    monkeypatch.setattr(main, "STORE_PATIENCE_S", 0.0)
+    monkeypatch.setattr(main, "STORE_WAIT_S", 0.0)
     with pytest.raises(SystemExit, match=r"^1$"):
         start_function(environment)
     (line,) = capsys.readouterr().out.splitlines()
@@ -296,7 +296,7 @@ def test_password_is_never_logged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Neither when it is right nor when it is wrong nor when the server fails later."""
-    monkeypatch.setattr(main, "STORE_PATIENCE_S", 0.0)
+    monkeypatch.setattr(main, "STORE_WAIT_S", 0.0)
     server = RedisServer(tmp_path)
     client = server.client()
     client.config_set("requirepass", "hush-right")
@@ -325,7 +325,7 @@ def test_embedded_store_says_what_it_means(
     warning, ready, _ = capsys.readouterr().out.splitlines()
     fields = ast.literal_eval(ready.partition("ready: ")[2])
 
-    assert "[warning] tracks live in this process and end with it" in warning
+    assert "[warning] tracks are stored in this process and end with it" in warning
     assert (fields["store"], fields["device"], fields["image_size"]) == ("embedded", "cpu", "128")
     assert {"model", "dtype", "config", "threads"} <= set(fields)
     assert set(fields["versions"]) == {"sam2", "torch", "redis"}

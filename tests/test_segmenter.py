@@ -13,7 +13,7 @@ from PIL import Image
 from sam2.sam2_video_predictor import SAM2VideoPredictor
 
 from interaction.protocol import Prompt
-from interaction.segmenter import HINTS_KEPT, Segmenter
+from interaction.segmenter import CACHED_HINTS, Segmenter
 from model_loader import load_predictor
 from settings import Settings
 from testbed.drawn_frames import SIZE_HW, jpeg_frames
@@ -38,10 +38,16 @@ def picture(index: int = 0) -> Image.Image:
 
 
 def make(
-    model: SAM2VideoPredictor, *, frames_kept: int = 2, hole_area: int = 0, island_area: int = 0
+    model: SAM2VideoPredictor, *, cached_frames: int = 2, hole_area: int = 0, island_area: int = 0
 ) -> Segmenter:
     """Return a segmenter with nothing kept yet."""
-    return Segmenter(model, frames_kept=frames_kept, hole_area=hole_area, island_area=island_area)
+    return Segmenter(
+        model,
+        fingerprint="test",
+        cached_frames=cached_frames,
+        hole_area=hole_area,
+        island_area=island_area,
+    )
 
 
 @pytest.fixture
@@ -75,7 +81,7 @@ def test_second_click_costs_no_encoding(model: SAM2VideoPredictor, encoded: list
 
 def test_frames_used_last_are_kept(model: SAM2VideoPredictor, encoded: list[int]) -> None:
     """The one not used for longest makes room."""
-    segmenter = make(model, frames_kept=2)
+    segmenter = make(model, cached_frames=2)
     for key in ("a", "b", "a", "c", "a", "b"):
         segmenter.segment(key, picture, CLICK)
 
@@ -133,10 +139,10 @@ def test_scores_are_clamped_before_they_are_fed_back(model: SAM2VideoPredictor) 
 def test_hints_are_bounded(model: SAM2VideoPredictor) -> None:
     """However much is clicked."""
     segmenter = make(model)
-    for number in range(HINTS_KEPT + 5):
+    for number in range(CACHED_HINTS + 5):
         segmenter.segment("a", picture, Prompt(((float(number), 5.0),)))
 
-    assert len(segmenter._hints) == HINTS_KEPT
+    assert len(segmenter._hints) == CACHED_HINTS
 
 
 def logits_of(*regions: tuple[slice, slice], size: int = 32) -> torch.Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import redis
 from errors import StateStoreUnavailableError
 from settings import RedisSettings, Secret, Settings
 from state_store import (
+    READ_CHUNK_BYTES,
     MemoryStateStore,
     RedisStateStore,
     StateStore,
@@ -278,6 +280,50 @@ def test_failure_inside_a_transaction_is_told(own_server: RedisServer) -> None:
     assert everything(client) == {}
     store.close()
     client.close()
+
+
+@pytest.mark.parametrize("policy", ["volatile-lru", "allkeys-lru"])
+def test_cold_read_of_many_objects_evicts_nothing(own_server: RedisServer, policy: str) -> None:
+    """Redis counts the answers that it has not sent yet as memory in use, and makes room for them.
+
+    Here 20 of 30 MB are tracks: one answer of them all would cost some of them. A cold read also
+    takes no more memory in this process than the values themselves, give or take a piece.
+    """
+    store, client = reach(own_server, timeout_s=5), own_server.client()
+    client.config_set("maxmemory-policy", policy)
+    client.config_set("maxmemory", str(30 << 20))
+    tracks = [str(number) for number in range(50)]
+    ids = [str(number) for number in range(7)]
+    values = {id_: id_.encode() * 56_000 for id_ in ids}
+    state = b"s" * 17_000
+    store.save([write_of(track, "a", state=state, memories=values) for track in tracks])
+
+    tracemalloc.start()
+    states_read = store.load_states([StateToken(track, "a") for track in tracks])
+    memories_read = store.load_memories([(track, id_) for track in tracks for id_ in ids])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert states_read == [state] * len(tracks)
+    assert memories_read == [values[id_] for _ in tracks for id_ in ids]
+    assert client.info("stats")["evicted_keys"] == 0
+    assert peak < 50 * 7 * 56_000 + 3 * READ_CHUNK_BYTES
+    store.close()
+    client.close()
+
+
+@pytest.mark.parametrize("size", [0, 1, READ_CHUNK_BYTES // 2, READ_CHUNK_BYTES + 1])
+def test_values_of_any_size_are_read_in_order(redis_server: RedisServer, size: int) -> None:
+    """Whatever fits into a piece, and with missing values in between."""
+    store = reach(redis_server, timeout_s=5)
+    track = new_id()
+    store.save([write_of(track, "a", memories={str(i): bytes([i]) * size for i in range(9)})])
+    asked = ["x", *map(str, range(9)), "y", "0"] * 2
+
+    read = memories(store, track, *asked)
+
+    assert read == [bytes([int(i)]) * size if i.isdigit() else None for i in asked]
+    store.close()
 
 
 CALLS: list[Callable[[StateStore], object]] = [
