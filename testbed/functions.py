@@ -17,7 +17,6 @@ import httpx
 import pytest
 from nuclio_sdk import Context, Event
 
-from testbed.random_weights import write_checkpoint
 from testbed.redis_server import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +60,8 @@ class Function:
 
 def micro_environment(folder: Path, *, seed: int = 0) -> dict[str, str]:
     """Return the variables of a very small model whose masks tell any inexactness."""
+    from testbed.random_weights import write_checkpoint  # torch, which not every test needs
+
     path = folder / f"micro-{seed}.pt"
     if not path.exists():
         write_checkpoint(str(MICRO_CONFIG), path, seed=seed)

@@ -126,7 +126,7 @@ def test_body_that_never_comes_does_not_block_the_others(
     start_micro: Callable[[dict[str, str]], Function], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Callers that stop in the middle of a request are given up, and others are served."""
-    monkeypatch.setattr(local_server, "BODY_PATIENCE_S", 0.5)
+    monkeypatch.setattr(local_server, "BODY_TIMEOUT_S", 0.5)
     app = local_server.create_app(start_micro({}).context, main.handler, ThreadPoolExecutor(1))
 
     async def stalled() -> AsyncIterator[bytes]:
@@ -138,7 +138,7 @@ def test_body_that_never_comes_does_not_block_the_others(
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
             lost = [
                 asyncio.create_task(http.post("/", content=stalled()))
-                for _ in range(local_server.BODIES_AT_A_TIME)
+                for _ in range(local_server.CONCURRENT_BODIES)
             ]
             await asyncio.sleep(0)
             body = {"image": FRAMES[0], "shapes": prompts(), "states": []}
@@ -199,7 +199,7 @@ def test_unreachable_store_ends_the_process_with_one_clear_line(
 ) -> None:
     """A server that refuses us is not waited for; exit status 1, and the port never opens."""
     monkeypatch.setenv("CVAT_FUNCTIONS_REDIS_HOST", "no-such-host.invalid")
-    script = "import main; main.STORE_PATIENCE_S = 0; import local_server; local_server.main([])"
+    script = "import main; main.STORE_WAIT_S = 0; import local_server; local_server.main([])"
     for name, value in micro_environment(weights).items():
         monkeypatch.setenv(name, value)
     done = subprocess.run(
@@ -219,7 +219,7 @@ def test_password_that_the_server_repeats_is_not_logged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A server that does not know AUTH answers with its arguments."""
-    monkeypatch.setattr(main, "STORE_PATIENCE_S", 0.0)
+    monkeypatch.setattr(main, "STORE_WAIT_S", 0.0)
     own_redis.stop()
     own_redis.start("--rename-command", "AUTH", "")
     with own_redis.client() as client, pytest.raises(Exception, match="hush-word"):

@@ -24,7 +24,7 @@ FRAMES = [base64_text(data) for data in jpeg_frames(3)]
 MASK = {"type": "mask", "points": encode_cvat_rle(blob_mask())}
 BODY_LIMIT = 8 << 20
 JSON = "application/json"
-USAGE = "POST / calls the function, GET /healthz tells the health"
+USAGE = "POST / calls the function, GET /healthz reports the health"
 
 
 @pytest.fixture(scope="module")
