@@ -27,7 +27,9 @@ class StateToken:
             BadRequestError: It does not have the form of a token.
         """
         if not isinstance(text, str) or not re.fullmatch(r"[\w-]{22}\.[\w-]{22}", text, re.ASCII):
-            raise BadRequestError("it is no state token of this function; start the track")
+            raise BadRequestError(
+                "this is not a state token of this function; start the track again"
+            )
         track, _, step = text.partition(".")
         return cls(track, step)
 

@@ -57,7 +57,9 @@ def test_ids_are_unguessable_and_safe_in_urls() -> None:
 )
 def test_anything_else_is_no_token(text: object) -> None:
     """A text that is not ours never becomes part of a Redis key."""
-    with pytest.raises(BadRequestError, match="no state token of this function; start the track"):
+    with pytest.raises(
+        BadRequestError, match="not a state token of this function; start the track again"
+    ):
         StateToken.parse(text)
 
 
