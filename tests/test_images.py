@@ -43,10 +43,10 @@ def colours() -> Image.Image:
 @pytest.mark.parametrize("image_format", [*FORMATS, "MPO"])
 def test_formats_of_cvat_are_decoded(image_format: str) -> None:
     """Every format that CVAT sends is decoded to RGB, within the format's loss."""
-    found = np.asarray(decode_image(encoded(colours(), image_format), LIMITS)).astype(int)
+    decoded = np.asarray(decode_image(encoded(colours(), image_format), LIMITS)).astype(int)
 
-    assert found.shape == (40, 60, 3)
-    assert np.abs(found - np.asarray(colours()).astype(int)).mean() < 8
+    assert decoded.shape == (40, 60, 3)
+    assert np.abs(decoded - np.asarray(colours()).astype(int)).mean() < 8
 
 
 def test_every_format_is_decoded_by_a_fresh_process() -> None:
@@ -78,35 +78,35 @@ for data in json.load(sys.stdin):
 def test_png_of_any_mode_is_decoded(mode: str) -> None:
     """Grey, palette and transparent pictures are converted to RGB as Pillow does it."""
     image = colours().convert(mode)
-    found = decode_image(encoded(image, "PNG"), LIMITS)
+    decoded = decode_image(encoded(image, "PNG"), LIMITS)
 
-    assert found.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(image.convert("RGB")))
+    assert decoded.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(decoded), np.asarray(image.convert("RGB")))
 
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_palette_with_transparency_is_decoded() -> None:
     """Pillow warns about the lost transparency; the colours are right nevertheless."""
     image = colours().quantize(8)
-    found = decode_image(encoded(image, "PNG", transparency=bytes(range(8))), LIMITS)
+    decoded = decode_image(encoded(image, "PNG", transparency=bytes(range(8))), LIMITS)
 
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(image.convert("RGB")))
+    np.testing.assert_array_equal(np.asarray(decoded), np.asarray(image.convert("RGB")))
 
 
 def test_sixteen_bit_grey_is_scaled() -> None:
     """Medical and depth frames keep their contrast instead of being clipped to white."""
     deep = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
-    found = np.asarray(decode_image(encoded(Image.fromarray(deep), "PNG"), LIMITS))
+    decoded = np.asarray(decode_image(encoded(Image.fromarray(deep), "PNG"), LIMITS))
 
-    np.testing.assert_array_equal(found, np.repeat((deep >> 8)[..., None], 3, axis=2))
+    np.testing.assert_array_equal(decoded, np.repeat((deep >> 8)[..., None], 3, axis=2))
 
 
 def test_cmyk_jpeg_is_decoded() -> None:
     """Print colours become RGB."""
-    found = decode_image(encoded(colours().convert("CMYK"), "JPEG", quality=95), LIMITS)
+    decoded = decode_image(encoded(colours().convert("CMYK"), "JPEG", quality=95), LIMITS)
 
-    assert found.mode == "RGB"
-    assert np.abs(np.asarray(found, dtype=int) - np.asarray(colours())).mean() < 8
+    assert decoded.mode == "RGB"
+    assert np.abs(np.asarray(decoded, dtype=int) - np.asarray(colours())).mean() < 8
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "TIFF"])
@@ -117,19 +117,19 @@ def test_picture_is_turned_as_its_exif_says(image_format: str, orientation: int)
     exif[0x0112] = orientation
     data = encoded(colours(), image_format, exif=exif)
     red_corner = {2: (0, -1), 3: (-1, -1), 4: (-1, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
-    found = np.asarray(decode_image(data, LIMITS)).astype(int)
+    decoded = np.asarray(decode_image(data, LIMITS)).astype(int)
 
-    assert found.shape[:2] == ((60, 40) if orientation in {5, 6, 7, 8} else (40, 60))
-    assert found.shape[:2] == read_image_size(data, LIMITS)
-    red = found[red_corner.get(orientation, (0, 0))]
+    assert decoded.shape[:2] == ((60, 40) if orientation in {5, 6, 7, 8} else (40, 60))
+    assert decoded.shape[:2] == read_image_size(data, LIMITS)
+    red = decoded[red_corner.get(orientation, (0, 0))]
     assert np.abs(red - (250, 20, 20)).max() < 30
 
 
 def test_damaged_exif_is_ignored() -> None:
     """Cameras write malformed EXIF blocks beside valid pictures."""
-    found = decode_image(encoded(colours(), "JPEG", exif=b"Exif\0\0garbage"), LIMITS)
+    decoded = decode_image(encoded(colours(), "JPEG", exif=b"Exif\0\0garbage"), LIMITS)
 
-    assert found.size == (60, 40)
+    assert decoded.size == (60, 40)
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
@@ -223,11 +223,11 @@ def test_damaged_picture_is_decoded_or_rejected(image_format: str) -> None:
         for index in rng.integers(0, len(data), 3):
             damaged[index] = rng.integers(0, 256)
         try:
-            found = decode_image(bytes(damaged), Limits(image_pixels=100_000))
+            decoded = decode_image(bytes(damaged), Limits(image_pixels=100_000))
         except TrackerError:
             continue
 
-        assert found.mode == "RGB"
+        assert decoded.mode == "RGB"
 
 
 COUNTLESS = {
