@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 import local_server
 from shapes import encode_cvat_rle
@@ -47,12 +51,12 @@ def server(
 
 
 @contextmanager
-def serving(environment: Mapping[str, str], log: Path, *options: str) -> Iterator[int]:
+def serving(environment: Mapping[str, str], log: Path) -> Iterator[int]:
     """Run a server within the context; return its port when it is open."""
     port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "local_server.py", "--port", str(port), *options],
+            [sys.executable, "local_server.py", "--port", str(port)],
             cwd=Path(local_server.__file__).parent,
             env=os.environ | environment,
             stdout=output,
@@ -219,33 +223,59 @@ def test_server_logs_requests_and_no_tracebacks(
     assert "Traceback" not in log
 
 
-def test_interactor_is_served_on_request(micro: dict[str, str], tmp_path: Path) -> None:
+@pytest.fixture
+def start_here(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
+    """Prepare a start of the server in this process with a function's variables."""
+
+    def prepare(environment: dict[str, str]) -> None:
+        for name in os.environ:
+            if name.startswith(("SAM2_", "CVAT_")):
+                monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest needs its own handler
+
+    return prepare
+
+
+def test_interactor_is_served_on_request(
+    micro: dict[str, str],
+    start_here: Callable[[dict[str, str]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """`--function interactor` serves the other function."""
-    with serving(micro, tmp_path / "log", "--function", "interactor") as port:
-        url = f"http://127.0.0.1:{port}"
+    responses = []
+
+    def serve(app: Starlette, **_: object) -> None:
         body = {"image": FRAMES[0], "pos_points": [[60, 90]], "neg_points": []}
-        answer = httpx.post(url, json=body, timeout=60)
-        refusal = httpx.post(url, json=body | {"pos_points": []}, timeout=60)
-        health = httpx.get(f"{url}/healthz", timeout=60)
+        with TestClient(app) as client:
+            responses.append(client.post("/", json=body))
+            responses.append(client.post("/", json=body | {"pos_points": []}))
+            responses.append(client.get("/healthz"))
+
+    start_here(micro)
+    monkeypatch.setattr(uvicorn, "run", serve)
+    local_server.main(["--function", "interactor"])
+    answer, refusal, health = responses
 
     assert answer.status_code == health.status_code == 200
     assert np.array(answer.json()["mask"]).shape == SIZE_HW
     assert refusal.status_code == 400
-    assert "[info] segmented: " in (tmp_path / "log").read_text()
+    assert "[info] segmented: " in capsys.readouterr().out
 
 
-def test_failed_start_ends_the_process(micro: dict[str, str]) -> None:
+def test_failed_start_ends_the_process(
+    micro: dict[str, str],
+    start_here: Callable[[dict[str, str]], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """With exit status 1 and one line that says why; the port never opens."""
-    done = subprocess.run(
-        [sys.executable, "local_server.py", "--port", str(free_port())],
-        cwd=Path(local_server.__file__).parent,
-        env=os.environ | micro | {"SAM2_DEVICE": "gpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    start_here(micro | {"SAM2_DEVICE": "gpu"})
+    with pytest.raises(SystemExit, match=r"^1$"):
+        local_server.main([])
+    output = capsys.readouterr()
 
-    assert done.returncode == 1
-    assert "SAM2_DEVICE='gpu' is not allowed: expected auto, cpu, cuda" in done.stdout
-    assert len(done.stdout.splitlines()) == 1
-    assert done.stderr == ""
+    assert "SAM2_DEVICE='gpu' is not allowed: expected auto, cpu, cuda" in output.out
+    assert len(output.out.splitlines()) == 1
+    assert output.err == ""
