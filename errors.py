@@ -1,4 +1,4 @@
-"""Every error a caller can meet, each with its HTTP status; knows nothing about who raises it."""
+"""The errors that a caller can get, each with its HTTP status."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import ClassVar
 
 
 class TrackerError(Exception):
-    """Base of all errors whose message is meant for the caller.
+    """Base of all errors whose message is sent to the caller.
 
-    Anything else that is raised is a bug: it is logged, and its text stays inside.
+    Any other exception is a bug: it is logged, and its text is not sent.
     """
 
     status: ClassVar[int] = 500
@@ -27,13 +27,13 @@ class NotFoundError(TrackerError):
 
 
 class MethodNotAllowedError(TrackerError):
-    """The path exists, but not for this method."""
+    """The path does not serve this method."""
 
     status = 405
 
 
 class StateMismatchError(TrackerError):
-    """The state belongs to another model or to frames of another size."""
+    """The state is of another model or of frames of another size."""
 
     status = 409
 
@@ -51,21 +51,21 @@ class TooLargeError(TrackerError):
 
 
 class NotAnImageError(TrackerError):
-    """The image bytes are not a picture that can be decoded."""
+    """The image bytes cannot be decoded."""
 
     status = 422
 
 
 class StateStoreUnavailableError(TrackerError):
-    """The store cannot be reached or refuses to write; tokens answered before stay valid.
+    """The store cannot be reached or refuses a command; earlier tokens stay valid.
 
     Attributes:
-        may_pass: Whether waiting may help: the connection failed, not the log-in or the write.
+        transient: Whether waiting may help: the connection failed, not a log-in or a command.
     """
 
     status = 503
-    may_pass = False
+    transient = False
 
 
 class SettingsError(Exception):
-    """A setting is missing or wrong: the process must not start."""
+    """A setting is missing or wrong; the process must not start."""

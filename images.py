@@ -1,4 +1,4 @@
-"""Decode the frames that CVAT sends: formats, size limits and EXIF orientation."""
+"""Decode frames: image formats, size limits, EXIF orientation, 16 bit grey."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from errors import NotAnImageError, TooLargeError, TrackerError
 from settings import Limits
 from shapes import SizeHW
 
-# What CVAT takes as frames; Pillow's rarer decoders stay out of reach of strangers. Pillow opens
-# MPO, a camera's JPEG with more pictures behind it, as JPEG; it knows no such name to open.
+# The formats that CVAT takes as frames; requests cannot reach Pillow's rarer decoders. Pillow opens
+# MPO (a camera's JPEG with further pictures) under the name JPEG.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-# A decoder passes over the whole frame for each scan of a progressive JPEG, and a scan may have few
-# bytes. Encoders write about ten; the pictures behind the first one of a camera's file count too.
+# A decoder goes over the whole frame for each scan of a progressive JPEG, and a scan may have few
+# bytes. Encoders write about ten; the scans of an MPO's further pictures count too.
 MAX_JPEG_SCANS = 200
-# Without any of these a PNG has no orientation: a chunk's name, and what two others begin with.
+# A PNG without any of these has no orientation: a chunk's name and how two other chunks begin.
 PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
-# Pillow loops in Python over chunks, segments and filler bytes, and keeps what some of them hold. A
-# PNG of 64 million pixels in chunks of 8 KB is read 80 000 times, anything else far less often.
+# Pillow loops in Python over chunks, segments and filler bytes, and stores some of their contents.
+# A PNG of 64 million pixels in chunks of 8 KB takes 80 000 reads, other files far fewer.
 MAX_IMAGE_READS = 200_000
-# Our own limit below is lower and counts before anything is decoded.
+# `Limits.image_pixels` is lower than Pillow's limit and is checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
 
@@ -33,14 +33,14 @@ def read_image_size(data: bytes, limits: Limits) -> SizeHW:
 
     Raises:
         NotAnImageError: The bytes are none of `IMAGE_FORMATS`.
-        TooLargeError: It announces more pixels than allowed.
+        TooLargeError: The header announces more pixels than allowed.
     """
     with _opened(data, limits) as image:
-        # Pillow decodes a PNG to look for an orientation behind its pixels.
-        has_none = image.format == "PNG" and not any(name in data for name in PNG_ORIENTATION)
-        orientation = None if has_none else image.getexif().get(ExifTags.Base.Orientation)
+        # Pillow decodes a PNG to look for an orientation after its pixels.
+        is_plain = image.format == "PNG" and not any(name in data for name in PNG_ORIENTATION)
+        orientation = None if is_plain else image.getexif().get(ExifTags.Base.Orientation)
         quarter_turned = orientation in {5, 6, 7, 8}
-        if quarter_turned and image.format != "TIFF":  # whose size Pillow tells as turned
+        if quarter_turned and image.format != "TIFF":  # Pillow gives a TIFF's size as turned
             return image.size
         return image.height, image.width
 
@@ -53,7 +53,7 @@ def decode_image(data: bytes, limits: Limits) -> Image.Image:
 
     Raises:
         NotAnImageError: The bytes are none of `IMAGE_FORMATS`, or are cut off or damaged.
-        TooLargeError: Its header announces more pixels than allowed; nothing was decoded.
+        TooLargeError: The header announces more pixels than allowed; nothing was decoded.
     """
     with _opened(data, limits) as image:
         return upright_rgb(image)
@@ -61,16 +61,16 @@ def decode_image(data: bytes, limits: Limits) -> Image.Image:
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Return a frame as the annotator sees it: RGB, turned as its EXIF orientation says."""
-    image.load()  # before which some formats do not tell their orientation
+    image.load()  # some formats know their orientation only afterwards
     if ExifTags.Base.Orientation in image.getexif():
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip instead of scale
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip instead of scale
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class _BoundedFile(io.BytesIO):
-    """An encoded image that is not handed out in countless pieces."""
+    """An encoded image that limits the number of reads."""
 
     _left = MAX_IMAGE_READS
 
@@ -83,7 +83,7 @@ class _BoundedFile(io.BytesIO):
 
 @contextmanager
 def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
-    """Open an image within the limits, and word what Pillow makes of a damaged one."""
+    """Open an image and check its limits; turn Pillow's errors into NotAnImageError."""
     try:
         with Image.open(_BoundedFile(data), formats=IMAGE_FORMATS) as image:
             _check_size(image.size, limits)
@@ -92,7 +92,7 @@ def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
             yield image
     except TrackerError:
         raise
-    except Exception as err:  # Pillow's decoders raise whatever a damaged file makes them
+    except Exception as err:  # Pillow's decoders raise many kinds of errors for damaged files
         raise NotAnImageError(
             f"image cannot be decoded ({type(err).__name__}): expected one of "
             f"{', '.join(IMAGE_FORMATS)}"

@@ -1,7 +1,7 @@
-"""A function over plain HTTP, for trying out, tests, benchmarks and containers without Nuclio.
+"""Serve a function over plain HTTP, for try-outs, tests, benchmarks and containers without Nuclio.
 
-Owns the HTTP server only: events, context and answers are those of `nuclio_sdk`, and one thread
-starts the function and serves one request after the other, as in one Nuclio worker.
+As in one Nuclio worker, one thread starts the function and serves one request at a time. Events,
+context and responses are those of `nuclio_sdk`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from starlette.routing import Route
 
 from errors import MethodNotAllowedError, NotFoundError, TooLargeError, TrackerError
 
-# The module that Nuclio would import, by the function's name.
-DOORS = {"tracker": "main", "interactor": "interaction.main"}
+# The module that Nuclio imports, by the function's name.
+ENTRY_POINTS = {"tracker": "main", "interactor": "interaction.main"}
 
-# Bodies held in memory while one of them is served: they may have 256 MB each. A caller who stops
-# in the middle of one must not keep its place.
-BODIES_AT_A_TIME = 4
-BODY_PATIENCE_S = 60.0
+# Request bodies in memory at a time, of up to 256 MB each. A body that does not arrive in time is
+# dropped, so that a stalled caller does not block the others.
+CONCURRENT_BODIES = 4
+BODY_TIMEOUT_S = 60.0
 
 
 def create_context() -> Context:
@@ -49,25 +49,25 @@ def create_context() -> Context:
 def create_app(
     context: Context, handler: Callable[[Context, Event], Response], worker: Executor
 ) -> Starlette:
-    """Return the HTTP application around a function.
+    """Return the HTTP application of a function.
 
     Args:
-        context: Initialised.
-        handler: Answers an event.
-        worker: The one thread that calls `handler`, and that initialised the context: OpenMP gives
-            each thread that computes a team of its own, and two teams on the same cores halve the
-            network's speed.
+        context: Initialised by the function's `init_context`.
+        handler: The function's handler.
+        worker: A single thread for `handler`, the thread that ran `init_context`: OpenMP starts a
+            team of threads for each thread that computes, and two teams on the same cores halve
+            the network's speed.
     """
-    reading = asyncio.Semaphore(BODIES_AT_A_TIME)
+    reading = asyncio.Semaphore(CONCURRENT_BODIES)
     limit = context.user_data.service.limits.body_bytes
 
     async def serve(request: Request) -> HttpResponse:
         async with reading:
             try:
-                async with asyncio.timeout(BODY_PATIENCE_S):
+                async with asyncio.timeout(BODY_TIMEOUT_S):
                     body = await _read_body(request, limit)
             except (TimeoutError, ClientDisconnect):
-                reason = f"the body did not arrive within {BODY_PATIENCE_S:g} s"
+                reason = f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
                 return JSONResponse({"error": reason}, 400, {"Connection": "close"})
             except TooLargeError as err:
                 return JSONResponse({"error": str(err)}, err.status, {"Connection": "close"})
@@ -75,13 +75,13 @@ def create_app(
             return await loop.run_in_executor(worker, handle, request, body)
 
     async def health(request: Request) -> HttpResponse:
-        return await run_in_threadpool(handle, request, b"")  # computes nothing, waits for no one
+        return await run_in_threadpool(handle, request, b"")  # beside the worker: not queued
 
     def handle(request: Request, body: bytes) -> HttpResponse:
         return _answer(handler(context, _event(request, body)))
 
     async def refuse(request: Request, err: Exception) -> HttpResponse:
-        usage = "POST / calls the function, GET /healthz tells the health"
+        usage = "POST / calls the function, GET /healthz reports the health"
         known: TrackerError = NotFoundError(f"nothing is served at {request.url.path}: {usage}")
         headers = None
         if isinstance(err, HTTPException) and err.status_code == MethodNotAllowedError.status:
@@ -106,7 +106,11 @@ def create_app(
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
-    """Read the body, and stop as soon as it is known to exceed the limit."""
+    """Read the body; stop as soon as it exceeds the limit.
+
+    Raises:
+        TooLargeError: The body, or the length that the request announces, exceeds the limit.
+    """
     announced = request.headers.get("content-length", "0")
     size = int(announced) if announced.isdecimal() else 0
     chunks = []
@@ -123,7 +127,7 @@ async def _read_body(request: Request, limit: int) -> bytes:
 
 
 def _event(request: Request, body: bytes) -> Event:
-    """Build the event as Nuclio does: JSON is decoded only under exactly this content type."""
+    """Build the event as Nuclio does: it decodes JSON only for exactly this content type."""
     content_type = request.headers.get("content-type", "")
     decoded: Any = body
     if content_type == "application/json":
@@ -150,19 +154,19 @@ def _answer(response: Response) -> HttpResponse:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Serve until stopped. The port opens when the function has started."""
+    """Start the function, then open the port and serve until stopped."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8070)
-    parser.add_argument("--function", choices=DOORS, default="tracker")
+    parser.add_argument("--function", choices=ENTRY_POINTS, default="tracker")
     options = parser.parse_args(arguments)
-    door = importlib.import_module(DOORS[options.function])
+    function = importlib.import_module(ENTRY_POINTS[options.function])
     context = create_context()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C does not wait for the start
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the start-up at once
     with ThreadPoolExecutor(1) as worker:
-        worker.submit(door.init_context, context).result()
+        worker.submit(function.init_context, context).result()
         print(f"serving on http://{options.host}:{options.port}", flush=True)
-        app = create_app(context, door.handler, worker)
+        app = create_app(context, function.handler, worker)
         uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
 
 

@@ -1,4 +1,4 @@
-"""What a caller asks for one object on one frame: start a track or continue one."""
+"""What a caller asks for per object and frame: start a track or continue it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from state_token import StateToken
 
 @dataclass(frozen=True)
 class Start:
-    """Begin a track at a shape."""
+    """Start a track at a shape."""
 
     shape: Shape
 
 
 @dataclass(frozen=True)
 class Continue:
-    """Follow a track one frame further."""
+    """Continue a track on the next frame."""
 
     token: StateToken

@@ -1,4 +1,4 @@
-"""Owns CVAT's tracker JSON and its images, to typed requests and back; no torch, no Redis."""
+"""Parse CVAT's tracker requests and format their answers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class TrackerRequest:
 
     Attributes:
         image: The frame's encoded bytes.
-        items: What to do, one per object.
-        bare: For each item whether its shape travels as a bare list of points, the way CVAT
-            before 2.40 sends rectangles.
+        items: What to do, one item per object.
+        bare: For each item whether its shape is a bare list of points, as CVAT before 2.40 sends
+            rectangles and expects them back.
     """
 
     image: bytes
@@ -38,7 +38,7 @@ def parse_tracker_request(body: object, limits: Limits) -> TrackerRequest:
 
     Args:
         body: A dict as Nuclio decodes it, or the bytes of the JSON under another content type.
-        limits: What one request may ask for.
+        limits: Upper limits of one request.
 
     Raises:
         BadRequestError: Something is missing or malformed; the message says where.
@@ -60,26 +60,26 @@ def parse_tracker_request(body: object, limits: Limits) -> TrackerRequest:
         bare.append(isinstance(shape, list))
         if state is None and shape is None:
             raise BadRequestError(f"shapes[{index}] and states[{index}] are both missing")
-        place = f"shapes[{index}]" if state is None else f"states[{index}]"
+        field = f"shapes[{index}]" if state is None else f"states[{index}]"
         try:
             if state is None:
                 items.append(Start(parse_shape(shape, limits)))
             else:
                 items.append(Continue(StateToken.parse(state)))
         except TrackerError as err:
-            raise type(err)(f"{place}: {err}") from None
+            raise type(err)(f"{field}: {err}") from None
     return TrackerRequest(image, tuple(items), tuple(bare))
 
 
 def format_tracker_answer(
     request: TrackerRequest, answers: Sequence[tuple[StateToken, Shape | None, bool]]
 ) -> dict[str, Any]:
-    """Write the answer to a tracker call.
+    """Return the answer to a tracker call.
 
     Args:
-        request: What was asked.
-        answers: Per item its new state, where the object is, and whether it is lost. A lost
-            rectangle has its last box; `outside` beside it tells callers that look.
+        request: The request.
+        answers: Per item its new state, its shape, and whether the object is lost. The shape of a
+            lost rectangle is its last box; `outside` marks it for callers that read it.
     """
     shapes: list[object] = []
     for (_, shape, lost), bare in zip(answers, request.bare, strict=True):
@@ -94,11 +94,13 @@ def format_tracker_answer(
 
 
 def parse_shape(value: object, limits: Limits) -> Shape:
-    """Read one shape, `{"type", "points"}` or a rectangle's bare points; its numbers come later.
+    """Read one shape, `{"type", "points"}` or a rectangle's bare points.
+
+    The points themselves are checked where the shape is drawn, see `shapes.shape_to_mask`.
 
     Raises:
-        BadRequestError: It has no type this function knows, or no list of points.
-        TooLargeError: It has more points than allowed.
+        BadRequestError: The type is unknown, or the points are no list.
+        TooLargeError: There are more points than allowed.
     """
     if isinstance(value, list):
         value = {"type": "rectangle", "points": value}
@@ -106,7 +108,7 @@ def parse_shape(value: object, limits: Limits) -> Shape:
         raise BadRequestError(f"a shape must be an object, not {type(value).__name__}")
     name, points = value.get("type"), value.get("points")
     if not isinstance(name, str) or name not in set(ShapeType):
-        # reprlib makes no text as long as what was sent
+        # reprlib shortens what was sent
         known = ", ".join(ShapeType)
         raise BadRequestError(f"type must be one of {known}, not {reprlib.repr(name)}")
     if not isinstance(points, list):
@@ -119,16 +121,16 @@ def parse_shape(value: object, limits: Limits) -> Shape:
 
 
 def json_object(body: object, limits: Limits, fields: str) -> dict[str, Any]:
-    """Return a request's body as a dict, whichever way Nuclio brought it.
+    """Return a request's body as a dict.
 
     Args:
         body: A dict as Nuclio decodes it, or the bytes of the JSON under another content type.
-        limits: What one request may ask for.
-        fields: What it should hold, for the refusal.
+        limits: Upper limits of one request.
+        fields: The expected fields, for the error message.
 
     Raises:
-        BadRequestError: It is not a JSON object.
-        TooLargeError: It has more bytes than allowed.
+        BadRequestError: The body is not a JSON object.
+        TooLargeError: The body has more bytes than allowed.
     """
     if isinstance(body, bytes | bytearray):
         if len(body) > limits.body_bytes:
@@ -147,10 +149,10 @@ def json_object(body: object, limits: Limits, fields: str) -> dict[str, Any]:
 
 
 def list_field(fields: dict[str, Any], name: str) -> list[Any]:
-    """Return a field that is a list, or missing or null, which count as empty.
+    """Return a list field; missing or null counts as empty.
 
     Raises:
-        BadRequestError: It is something else.
+        BadRequestError: The field is of another type.
     """
     value = fields.get(name)
     if value is None:
@@ -165,7 +167,7 @@ def image_bytes(fields: dict[str, Any], limits: Limits) -> bytes:
 
     Raises:
         BadRequestError: `image` is missing or not base64.
-        TooLargeError: It is longer than a body may be.
+        TooLargeError: `image` is longer than a body may be.
     """
     image = fields.get("image")
     if not isinstance(image, str) or not image:

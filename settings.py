@@ -1,4 +1,4 @@
-"""Owns the function's settings: the environment, read once, cast once and refused loudly."""
+"""Read the settings from the environment, and reject wrong values by name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Secret:
 
 @dataclass(frozen=True)
 class RedisSettings:
-    """How to reach the Redis server that keeps the tracks."""
+    """How to reach the Redis server that stores the tracks."""
 
     host: str
     port: int = 6379
@@ -43,7 +43,7 @@ class RedisSettings:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for; anything above is refused before it is computed."""
+    """Upper limits of one request; larger requests are rejected before anything is computed."""
 
     body_bytes: int = 256 * 1024 * 1024
     image_pixels: int = 64_000_000
@@ -54,7 +54,7 @@ class Limits:
 
 
 class MaskForm(StrEnum):
-    """How the interactor answers `mask`: the whole frame, its box with `bounds`, or not at all."""
+    """The interactor's `mask`: of the whole frame, cropped to its box with `bounds`, or none."""
 
     FULL = "full"
     CROPPED = "cropped"
@@ -66,13 +66,14 @@ class InteractorSettings:
     """How the interactor reads prompts and answers.
 
     Attributes:
-        extreme_points: Whether points that lie like extreme points mean a box.
+        extreme_points: Whether four positive points at the object's extremes mean a box. Off: four
+            ordinary clicks often lie like that too.
         hole_area: Largest hole to fill, in pixels of SAM 2's low-resolution mask.
-        island_area: Largest island to remove, likewise.
+        island_area: Largest island to remove, in the same pixels.
         mask: The form of `mask` in the answer.
     """
 
-    extreme_points: bool = True
+    extreme_points: bool = False
     hole_area: int = 8  # as SAM 2's video predictor; its image predictor leaves both to its user
     island_area: int = 8
     mask: MaskForm = MaskForm.FULL
@@ -80,24 +81,24 @@ class InteractorSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything the function can be told from outside.
+    """All settings of the functions.
 
     Attributes:
-        redis: The shared store, or None for the embedded one (one worker, one replica).
+        redis: The shared store, or None for the embedded store (one worker, one replica).
         model_id: A Hugging Face model id, or `micro` for the bundled try-out weights.
         config: Path of a SAM 2 YAML, or the name of one inside the `sam2` package; replaces
             `model_id` together with `checkpoint`.
         checkpoint: Path of the weights that belong to `config`.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        image_size: Side of the square the model sees, in pixels; None keeps the config's.
+        image_size: Side of the model's square input, in pixels; None uses the config's.
         batch_objects: Objects per forward pass; None means 1 on CPU and 32 on CUDA.
-        compile: Whether to compile the network's parts as they first run; for a GPU.
-        bit_exact: Whether a CPU computes SAM 2 as its authors wrote it, not in fewer operations.
-        memory_cache_bytes: Frame memories a replica keeps on its device.
-        feature_cache_frames: Encoded frames a replica keeps on its device.
-        polygon_tolerance: How far, in pixels, a polygon may run beside the mask's outline.
-        request_limit_s: Longest time to compute one request. It has to stay below Nuclio's
-            `eventTimeout`, which kills the worker, and with it what other callers wait for.
+        compile: Whether to compile the network's parts when they first run; for a GPU.
+        bit_exact: Whether a CPU computes SAM 2's original operations instead of the faster ones.
+        memory_cache_bytes: Size of the replica's cache of frame memories on its device.
+        feature_cache_frames: Encoded frames that a replica caches on its device.
+        polygon_tolerance: Largest distance, in pixels, of a polygon from the mask's outline.
+        request_limit_s: Longest time to compute one request. It must stay below Nuclio's
+            `eventTimeout`, which kills the worker together with the requests that wait for it.
         state_ttl_s: Life of a track from its last use, in seconds.
         retry_window_s: Life of a superseded step, in seconds.
     """
@@ -125,11 +126,11 @@ class Settings:
         """Read all settings; an empty variable counts as unset.
 
         Args:
-            env: The environment, e.g. `os.environ`.
+            env: The environment, for example `os.environ`.
 
         Raises:
-            SettingsError: A value is wrong; the message names the variable, the value and what
-                is allowed.
+            SettingsError: A value is wrong; the message names the variable, the value and the
+                allowed values.
         """
         read = _Reader(env)
         host = read.text("CVAT_FUNCTIONS_REDIS_HOST")
@@ -210,7 +211,7 @@ def _interactor(read: _Reader) -> InteractorSettings:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Casts the variables of one environment and words the refusals."""
+    """Converts the variables of one environment, or raises SettingsError."""
 
     env: Mapping[str, str]
 

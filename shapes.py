@@ -1,7 +1,7 @@
-"""Owns the geometry of CVAT's shapes: each type to a boolean mask and back, nothing of SAM 2.
+"""Convert CVAT's shapes to boolean masks and back.
 
-Frame of reference: continuous pixels, pixel (x, y) covers [x, x + 1) x [y, y + 1). A pixel belongs
-to a polygon, rectangle or ellipse when its centre lies inside.
+Frame of reference: continuous pixel coordinates, pixel (x, y) covers [x, x + 1) x [y, y + 1). A
+pixel belongs to a polygon, rectangle or ellipse if its centre lies inside.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Box = tuple[float, float, float, float]  # XYXY, far edge excluded
 
 DEFAULT_POLYGON_TOLERANCE = 1.0
 MIN_POLYGON_IOU = 0.98
-# A drawn polygon that crosses the frame's rows more often needs more than 150 MB to fill.
+# Filling a polygon that crosses the frame's rows more often takes more than 150 MB.
 MAX_CROSSINGS = 2_000_000
-MAX_NUMBER = 1e9  # far beyond every frame, and small enough that no sum or product overflows
+MAX_NUMBER = 1e9  # far larger than any frame, and small enough that no sum or product overflows
 
 
 class ShapeType(StrEnum):
@@ -41,7 +41,7 @@ class Shape:
     """One shape as CVAT writes it.
 
     Attributes:
-        type: How `points` is to be read.
+        type: How to read `points`.
         points: CVAT's flat list. Mask: cvat_rle. Polygon: x0, y0, x1, y1, ... Rectangle: x1, y1,
             x2, y2. Ellipse: the centre's x and y, the right-most x, the top-most y.
     """
@@ -54,7 +54,7 @@ def shape_to_mask(shape: Shape, size_hw: SizeHW) -> Mask:
     """Draw a shape.
 
     Args:
-        shape: Any type; parts outside the frame are cut off.
+        shape: Of any type; parts outside the frame are cut off.
         size_hw: Frame height and width.
 
     Returns:
@@ -85,12 +85,12 @@ def shape_to_mask(shape: Shape, size_hw: SizeHW) -> Mask:
 def mask_to_shape(
     mask: Mask, shape_type: ShapeType, *, polygon_tolerance: float = DEFAULT_POLYGON_TOLERANCE
 ) -> Shape | None:
-    """Describe a mask by a shape of the given type.
+    """Convert a mask to a shape of the given type.
 
     Args:
         mask: Boolean mask `(H, W)`.
-        shape_type: What to describe it by: the mask itself, one ring around its largest component,
-            the box of all its pixels, or the upright ellipse with its centre and second moments.
+        shape_type: The type: the mask itself, a polygon around its largest component, the box of
+            all its pixels, or the axis-aligned ellipse with its centre and second moments.
         polygon_tolerance: See `mask_to_polygon`.
 
     Returns:
@@ -145,13 +145,13 @@ def encode_cvat_rle(mask: Mask) -> list[int]:
 
 
 def decode_cvat_rle(points: Sequence[float] | npt.NDArray[np.float64], size_hw: SizeHW) -> Mask:
-    """Decode what `encode_cvat_rle` describes; numbers may be floats without a fraction.
+    """Decode cvat_rle, see `encode_cvat_rle`; numbers may be floats without a fraction.
 
     Returns:
         Boolean mask `(H, W)`.
 
     Raises:
-        BadRequestError: Runs and box do not fit each other or the frame.
+        BadRequestError: The runs do not fit the box, or the box does not fit the frame.
     """
     values = np.asarray(points, dtype=np.float64)
     height, width = size_hw
@@ -179,7 +179,7 @@ def rectangle_to_box(shape: Shape, size_hw: SizeHW) -> Box:
     """Return a rectangle's box XYXY, corners in order, clipped to the frame, far edge excluded.
 
     Raises:
-        BadRequestError: Not four numbers, or nothing of it lies in the frame.
+        BadRequestError: The points are not four numbers, or no part lies in the frame.
     """
     points = _numbers(shape)
     if points.size != 4:
@@ -195,22 +195,22 @@ def rectangle_to_box(shape: Shape, size_hw: SizeHW) -> Box:
 def mask_to_polygon(
     mask: Mask, *, tolerance: float = DEFAULT_POLYGON_TOLERANCE
 ) -> npt.NDArray[np.float64]:
-    """Trace one ring around the largest 8-connected component, along its pixel edges.
+    """Trace the largest 8-connected component along its pixel edges, as one ring.
 
-    Holes are closed. The ring is thinned with Douglas-Peucker; where the tolerance would take or
-    give more than 2 % of the component (thin or tiny ones), it is lowered until it does not.
+    Holes are filled. The ring is simplified with Douglas-Peucker; the tolerance is lowered until
+    the IoU of ring and component is at least `MIN_POLYGON_IOU`, which thin or tiny components need.
 
     Args:
         mask: Boolean mask `(H, W)` with at least one pixel set.
         tolerance: Largest distance in pixels between the ring and the pixel edges.
 
     Returns:
-        Vertices `(N, 2)`, N >= 3, xy in pixels, clockwise on the screen, beginning with the one
+        Vertices `(N, 2)`, N >= 3, xy in pixels, clockwise on the screen, beginning with the vertex
         nearest to the frame's top left (smallest x + y), so that successive frames match up.
     """
     component, offset_xy = _largest_component(mask)
     # On a grid of half pixels, pixel (x, y) is the odd point (2x + 1, 2y + 1) and its corners are
-    # even ones: growing it by one point makes OpenCV's contour of points run along pixel edges.
+    # even points. Dilated by one point, OpenCV's contour of points runs along the pixel edges.
     height, width = component.shape
     grid = np.zeros((2 * height + 1, 2 * width + 1), dtype=np.uint8)
     grid[1::2, 1::2] = component
@@ -218,19 +218,19 @@ def mask_to_polygon(
     rings, _ = cv2.findContours(grid, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     outline = rings[0].astype(np.float32) / 2
     solid = _polygon_to_mask(outline[:, 0].astype(np.float64), (height, width))
-    while tolerance > 0.05:  # below, thinning can only drop points that lie on a line anyway
+    while tolerance > 0.05:  # a lower tolerance drops only points that lie on a line anyway
         ring = cv2.approxPolyDP(outline, tolerance, closed=True)[:, 0].astype(np.float64)
         if (
             len(ring) >= 3
             and _iou(_polygon_to_mask(ring, (height, width)), solid) >= MIN_POLYGON_IOU
         ):
             return _canonical(ring + offset_xy)
-        tolerance *= 0.85  # halving would leave three times as many points at times
+        tolerance *= 0.85  # halving would sometimes leave three times as many points
     return _canonical(outline[:, 0] + offset_xy)
 
 
 def _numbers(shape: Shape) -> npt.NDArray[np.float64]:
-    # By type and before NumPy sees them: one long string among them would cost its length for each.
+    # Before NumPy sees them: one long string among them would take its length for every number.
     if not set(map(type, shape.points)) <= {int, float}:
         raise BadRequestError(f"{shape.type} points must be a flat list of numbers")
     try:
@@ -260,10 +260,10 @@ def _vertices(points: npt.NDArray[np.float64], size_hw: SizeHW) -> npt.NDArray[n
 def _polygon_to_mask(vertices: npt.NDArray[np.float64], size_hw: SizeHW) -> Mask:
     """Fill one ring `(N, 2)` by the even-odd rule at pixel centres.
 
-    OpenCV's and Pillow's fillers also set the pixels that the outline touches, half a pixel too
-    much on every side; this one is exact, so that shapes do not grow on a round trip.
+    OpenCV and Pillow also set the pixels that the outline touches, half a pixel too much on every
+    side. This function is exact, so that shapes do not grow on a round trip.
     """
-    # Columns and rows are counted from the polygon's own box, which keeps small ones cheap.
+    # Columns and rows are counted from the polygon's own box: small polygons take little time.
     low = np.clip(np.floor(vertices.min(axis=0)), 0, size_hw[::-1]).astype(np.int64)
     high = np.clip(np.ceil(vertices.max(axis=0)), 0, size_hw[::-1]).astype(np.int64)
     width, height = (high - low).tolist()
@@ -278,7 +278,7 @@ def _polygon_to_mask(vertices: npt.NDArray[np.float64], size_hw: SizeHW) -> Mask
     row -= np.repeat(np.cumsum(row_count) - row_count, row_count)
     (x0, y0), (x1, y1) = start[edge].T, end[edge].T
     crossing_x = x0 + (row + 0.5 - y0) * ((x1 - x0) / (y1 - y0))
-    # Every pixel from here to the right flips between outside and inside.
+    # Every pixel from this column to the right flips between outside and inside.
     column = np.clip(np.ceil(crossing_x - 0.5), 0, width).astype(np.int64)
     flips = np.bincount(row * (width + 1) + column, minlength=height * (width + 1))
     flips = flips.reshape(height, width + 1)[:, :width].astype(np.uint8)
@@ -299,7 +299,7 @@ def _ellipse_to_mask(points: npt.NDArray[np.float64], size_hw: SizeHW) -> Mask:
     top, bottom = np.clip([top, center_y + radius_y], 0, height).astype(int).tolist()
     rows, columns = np.ogrid[top : min(bottom + 1, height), left : min(right + 1, width)]
     mask = np.zeros(size_hw, dtype=np.bool_)
-    with np.errstate(over="ignore"):  # a radius next to nothing: infinitely far outside
+    with np.errstate(over="ignore"):  # a tiny radius gives an infinite distance
         distance = ((columns + 0.5 - center_x) / radius_x) ** 2
         inside = distance + ((rows + 0.5 - center_y) / radius_y) ** 2 <= 1
     mask[top : min(bottom + 1, height), left : min(right + 1, width)] = inside
@@ -310,8 +310,8 @@ def _mask_to_ellipse(mask: Mask, box: tuple[int, int, int, int]) -> list[float]:
     x1, y1, x2, y2 = box
     moments = cv2.moments(mask[y1:y2, x1:x2].astype(np.uint8), binaryImage=True)
     area = moments["m00"]
-    # OpenCV counts a pixel as its centre point; as a square it adds 1/12 to the variance. A solid
-    # ellipse's variance along an axis is a quarter of the squared radius.
+    # OpenCV treats a pixel as a point at its centre; as a square it adds 1/12 to the variance. A
+    # filled ellipse's variance along an axis is a quarter of the squared radius.
     radius_x = 2 * (moments["mu20"] / area + 1 / 12) ** 0.5
     radius_y = 2 * (moments["mu02"] / area + 1 / 12) ** 0.5
     center_x = x1 + moments["m10"] / area + 0.5
@@ -320,10 +320,10 @@ def _mask_to_ellipse(mask: Mask, box: tuple[int, int, int, int]) -> list[float]:
 
 
 def _largest_component(mask: Mask) -> tuple[Mask, npt.NDArray[np.float64]]:
-    """Return the largest component, cut to its box, and the box's top left corner in xy."""
+    """Return the largest component, cropped to its box, and the box's top left corner in xy."""
     box = mask_to_box(mask)
     assert box is not None
-    # OpenCV numbers components by blocks of 2 x 2 pixels: an even corner keeps their order.
+    # OpenCV numbers components by blocks of 2 x 2 pixels: an even corner does not change the order.
     left, top = box[0] & ~1, box[1] & ~1
     cut = np.ascontiguousarray(mask[top : box[3], left : box[2]])
     _, labels, stats, _ = cv2.connectedComponentsWithStats(cut.view(np.uint8), connectivity=8)

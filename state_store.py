@@ -1,4 +1,4 @@
-"""Owns where tracks are kept and for how long; moves opaque bytes and knows nothing of tensors.
+"""Store tracks in Redis or in this process: keys, lifetimes, transactions. Values are opaque bytes.
 
     key                          type    holds                  lives
     sam2:{<track>}:step:<step>   string  state after a frame    state TTL from its last use; retry
@@ -7,10 +7,10 @@
     sam2:{<track>}:next:<step>   string  "1": was continued     state TTL; deleted with its step
     sam2:{<track>}:frame:<step>  string  one frame memory       as long as a step that attends to it
 
-Values never change, so nothing is locked and nothing can be stale. A track's keys appear together,
-in one MULTI; the `{}` would keep them in one slot of a Redis Cluster, whose redirections need a
-proxy. Only plain commands are used (GET, SET, EXPIRE, DEL, MULTI, EXEC, PING), which Valkey,
-KeyDB and Kvrocks serve too.
+Values never change, so they need no locks and cached copies are never stale. The keys of one step
+are written in one MULTI; the `{}` puts all keys of a track into one slot of a Redis Cluster (whose
+redirections need a proxy). Only plain commands are used (GET, SET, EXPIRE, DEL, MULTI, EXEC, PING),
+which Valkey, KeyDB and Kvrocks serve too.
 """
 
 from __future__ import annotations
@@ -32,22 +32,29 @@ from errors import StateStoreUnavailableError
 from settings import RedisSettings, Settings
 from state_token import StateToken
 
-# How many steps back a repeated or branching request may go. Each costs one frame memory per track.
+# How many steps back a request may repeat or branch. Each costs one frame memory per track.
 RETRY_STEPS = 3
 EMBEDDED_STORE_BYTES = 4 << 30
+# Redis buffers the answers of a pipeline, counts them as used memory and evicts keys to stay below
+# maxmemory. Large values are therefore read in chunks of about this size.
+READ_CHUNK_BYTES = 4 << 20
+# Assumed sizes until the first values are read. A state has up to 17 KB, a frame memory 0.5 MB at
+# 1024 px.
+STATE_BYTES = 64 << 10
+MEMORY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class StepWrite:
-    """One step to be written, and what becomes of the track's older keys.
+    """One step to write, and what happens to the track's older keys.
 
     Attributes:
         token: The new step.
         state: Its encoded state.
         memories: Encoded frame memories to write, by id.
         renewed: Ids of older frame memories that the new step attends to.
-        superseded_steps: Steps that from now on live for the retry window only.
-        superseded_memories: Likewise, frame memories that slid out of reach.
+        superseded_steps: Steps whose life is cut to the retry window.
+        superseded_memories: Frame memories out of the new step's reach; cut likewise.
         dropped_steps: Steps to delete.
         dropped_memories: Frame memories to delete.
     """
@@ -63,36 +70,36 @@ class StepWrite:
 
 
 class StateStore(Protocol):
-    """Where tracks are kept. All methods raise StateStoreUnavailableError when it is away."""
+    """Stores tracks. Every method but `close` may raise StateStoreUnavailableError."""
 
     def ping(self) -> None:
         """Return if the store answers."""
 
     def load_states(self, tokens: Sequence[StateToken]) -> list[bytes | None]:
-        """Return the encoded states, None for those that are gone."""
+        """Return encoded states, None for each that is missing."""
 
     def load_memories(self, keys: Sequence[tuple[str, str]]) -> list[bytes | None]:
-        """Return the encoded frame memories of (track, id) pairs, None for those that are gone."""
+        """Return the encoded frame memories of (track, id) pairs, None for each that is missing."""
 
     def claim(self, tokens: Sequence[StateToken]) -> list[bool]:
-        """Mark steps as continued; False for each that somebody continued before.
+        """Mark steps as continued; False for each that was continued before.
 
-        Only the first continuation may go on in the track's own keys, because it lets older ones
-        expire. Any other makes a track of its own.
+        Only the first continuation of a step may write to the track's own keys, because it lets
+        older keys expire. Every other continuation starts a new track.
         """
 
     def save(self, writes: Sequence[StepWrite]) -> list[list[str]]:
         """Write steps, each all or nothing.
 
         Returns:
-            For each write the ids in `renewed` that the store has lost.
+            For each write the ids in `renewed` that are missing in the store.
         """
 
     def restore(self, memories: Mapping[tuple[str, str], bytes]) -> None:
-        """Write lost frame memories of (track, id) pairs again."""
+        """Write missing frame memories of (track, id) pairs again."""
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""
 
 
 class RedisStateStore:
@@ -114,10 +121,13 @@ class RedisStateStore:
             self._client.ping()
 
     def load_states(self, tokens: Sequence[StateToken]) -> list[bytes | None]:
-        return self._get([_step_key(token.track, token.step) for token in tokens])
+        keys = [_step_key(token.track, token.step) for token in tokens]
+        return self._get(keys, expected_bytes=STATE_BYTES)
 
     def load_memories(self, keys: Sequence[tuple[str, str]]) -> list[bytes | None]:
-        return self._get([_memory_key(track, frame) for track, frame in keys])
+        return self._get(
+            [_memory_key(track, frame) for track, frame in keys], expected_bytes=MEMORY_BYTES
+        )
 
     def claim(self, tokens: Sequence[StateToken]) -> list[bool]:
         with translated_errors():
@@ -125,20 +135,20 @@ class RedisStateStore:
             for token in tokens:
                 key = _next_key(token.track, token.step)
                 pipeline.set(key, b"1", nx=True, ex=self._state_ttl_s)
-            return [bool(first) for first in pipeline.execute()]
+            return [bool(was_set) for was_set in pipeline.execute()]
 
     def save(self, writes: Sequence[StepWrite]) -> list[list[str]]:
         transactions = [self._commands(write) for write in writes]
         with translated_errors():
             pipeline = self._client.pipeline(transaction=False)
             for commands in transactions:
-                # One MULTI a track, all in one round trip: a step never appears without its
-                # frame memory, whatever happens to this process or the connection.
+                # One MULTI per track, all in one round trip: a step never appears without its
+                # frame memory, even if this process or the connection fails in between.
                 for command in (("MULTI",), *commands, ("EXEC",)):
                     pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
             replies = iter(pipeline.execute())
-            done = [_done(replies, len(commands)) for commands in transactions]
-        return [_lost(write, replies) for write, replies in zip(writes, done, strict=True)]
+            results = [_exec_replies(replies, len(commands)) for commands in transactions]
+        return [_missing(write, result) for write, result in zip(writes, results, strict=True)]
 
     def restore(self, memories: Mapping[tuple[str, str], bytes]) -> None:
         with translated_errors():
@@ -150,16 +160,28 @@ class RedisStateStore:
     def close(self) -> None:
         self._client.close()
 
-    def _get(self, keys: list[str]) -> list[bytes | None]:
-        if not keys:
-            return []
+    def _get(self, keys: list[str], *, expected_bytes: int) -> list[bytes | None]:
+        """Return the values of keys, read in chunks of about `READ_CHUNK_BYTES`.
+
+        Values of one kind have similar sizes: the largest so far sets how many keys a chunk has.
+
+        Args:
+            keys: All of one kind.
+            expected_bytes: Assumed size of a value until one was read.
+        """
+        values: list[bytes | None] = []
         with translated_errors():
-            pipeline = self._client.pipeline(transaction=False)
-            for key in keys:  # not MGET: the keys of several tracks lie in several cluster slots
-                pipeline.get(key)
-            values = list(pipeline.execute())
-            if not {type(value) for value in values} <= {bytes, type(None)}:
-                raise redis.InvalidResponse("GET was answered by something else than bytes")
+            while len(values) < len(keys):
+                largest = max((len(value) for value in values if value), default=expected_bytes)
+                count = max(1, READ_CHUNK_BYTES // largest)
+                pipeline = self._client.pipeline(transaction=False)
+                # not MGET: the keys of several tracks lie in several slots of a Redis Cluster
+                for key in keys[len(values) : len(values) + count]:
+                    pipeline.get(key)
+                chunk = pipeline.execute()
+                if not {type(value) for value in chunk} <= {bytes, type(None)}:
+                    raise redis.InvalidResponse("GET was answered by something else than bytes")
+                values += chunk
         return values
 
 
@@ -169,8 +191,8 @@ class MemoryStateStore:
     Args:
         state_ttl_s: Life of a track from its last use, in seconds.
         retry_window_s: Life of a superseded step, in seconds.
-        max_bytes: Above this, the tracks that were not used for longest are dropped.
-        clock: Seconds that only go forward.
+        max_bytes: Above this, the least recently used values are dropped.
+        clock: Monotonic time in seconds.
     """
 
     def __init__(
@@ -191,7 +213,7 @@ class MemoryStateStore:
         )
 
     def ping(self) -> None:
-        """Return: it is always there."""
+        """Return at once: this process always answers."""
 
     def load_states(self, tokens: Sequence[StateToken]) -> list[bytes | None]:
         return [self._get(_step_key(token.track, token.step)) for token in tokens]
@@ -200,16 +222,16 @@ class MemoryStateStore:
         return [self._get(_memory_key(track, frame)) for track, frame in keys]
 
     def claim(self, tokens: Sequence[StateToken]) -> list[bool]:
-        first = []
+        claimed = []
         for token in tokens:
             key = _next_key(token.track, token.step)
-            first.append(key not in self._values)
+            claimed.append(key not in self._values)
             self._run("SET", key, b"1", "EX", self._state_ttl_s)
-        return first
+        return claimed
 
     def save(self, writes: Sequence[StepWrite]) -> list[list[str]]:
         return [
-            _lost(write, [self._run(*command) for command in self._commands(write)])
+            _missing(write, [self._run(*command) for command in self._commands(write)])
             for write in writes
         ]
 
@@ -225,7 +247,7 @@ class MemoryStateStore:
         return None if value is None else value[0]
 
     def _run(self, name: str, key: str, *arguments: object) -> int:
-        """Do what Redis does for the few commands of `_commands`."""
+        """Do what Redis does for the commands that `_commands` returns."""
         match name, arguments:
             case "SET", (bytes() as data, "EX", int() as ttl_s):
                 self._values[key] = (data, ttl_s)
@@ -234,8 +256,8 @@ class MemoryStateStore:
                 if value is None:
                     return 0
                 self._values[key] = (value[0], ttl_s)
-            case "DEL", others:
-                for dropped in (key, *others):
+            case "DEL", more_keys:
+                for dropped in (key, *more_keys):
                     self._values.pop(str(dropped), None)
             case _:
                 raise NotImplementedError(name)
@@ -243,7 +265,7 @@ class MemoryStateStore:
 
 
 def open_store(settings: Settings) -> StateStore:
-    """Return the store that the settings name: a Redis server, or the embedded one without host."""
+    """Return a store on the Redis server that the settings name, or in this process without one."""
     ttl_s, retry_s = settings.state_ttl_s, settings.retry_window_s
     if settings.redis is None:
         return MemoryStateStore(state_ttl_s=ttl_s, retry_window_s=retry_s)
@@ -252,9 +274,9 @@ def open_store(settings: Settings) -> StateStore:
 
 
 def connect(settings: RedisSettings) -> redis.Redis:
-    """Return a client for the server; connects on first use and repeats what failed in between.
+    """Return a client for the server. It connects on first use and retries failed commands.
 
-    Every command this module sends may be sent twice, so a lost answer is simply asked for again.
+    Retries are safe: every command that this module sends may be sent twice.
     """
     return redis.Redis(
         host=settings.host,
@@ -286,7 +308,7 @@ def _memory_key(track: str, frame: str) -> str:
 
 
 def _commands(write: StepWrite, *, ttl_s: int, retry_s: int) -> list[tuple[Any, ...]]:
-    """List the Redis commands of one write; those for `renewed` come first."""
+    """Return the Redis commands of one write; those for `renewed` come first."""
     track, step = write.token.track, write.token.step
     shortened = [_step_key(track, old) for old in write.superseded_steps]
     shortened += [_memory_key(track, frame) for frame in write.superseded_memories]
@@ -306,35 +328,35 @@ def _commands(write: StepWrite, *, ttl_s: int, retry_s: int) -> list[tuple[Any, 
     return commands
 
 
-def _lost(write: StepWrite, replies: Sequence[Any]) -> list[str]:
-    """Return the ids whose renewal, first among a write's commands, found nothing to renew."""
-    return [id_ for id_, kept in zip(write.renewed, replies, strict=False) if not kept]
+def _missing(write: StepWrite, replies: Sequence[Any]) -> list[str]:
+    """Return the ids in `renewed` whose EXPIRE, first among a write's commands, found no key."""
+    return [id_ for id_, renewed in zip(write.renewed, replies, strict=False) if not renewed]
 
 
-def _done(replies: Iterator[Any], count: int) -> list[Any]:
-    """Take the replies to one transaction of so many commands; return those of its EXEC."""
-    *_, done = islice(replies, count + 2)
-    if not isinstance(done, list) or len(done) != count:
+def _exec_replies(replies: Iterator[Any], count: int) -> list[Any]:
+    """Consume the replies to MULTI, `count` commands and EXEC; return those inside EXEC's."""
+    *_, results = islice(replies, count + 2)
+    if not isinstance(results, list) or len(results) != count:
         raise redis.InvalidResponse("EXEC was not answered by one reply for each command")
-    for reply in done:
-        if isinstance(reply, Exception):
-            raise reply
-    return done
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
 
 
 @contextmanager
 def translated_errors() -> Iterator[None]:
-    """Raise StateStoreUnavailableError for whatever the Redis client raises inside."""
+    """Turn every error of the Redis client into StateStoreUnavailableError."""
     try:
         yield
     except (redis.RedisError, OSError, ValueError, LookupError, RecursionError) as err:
-        # All but the first are what redis-py makes of answers that no Redis server gives.
-        # Servers repeat the arguments of a command that they do not know; AUTH's is the password.
-        err.args = tuple(str(word).partition(", with args")[0] for word in err.args)
-        # The kind is enough for a caller; the log gets the server's words as well.
+        # redis-py raises the last three for answers that no Redis server gives. A server repeats
+        # the arguments of an unknown command in its error; those of AUTH are the password.
+        err.args = tuple(str(text).partition(", with args")[0] for text in err.args)
+        # The caller is told the kind of error only; the log also gets the server's message.
         unavailable = StateStoreUnavailableError(
             f"the state store failed ({type(err).__name__}): nothing is lost, repeat the request"
         )
         unreachable = isinstance(err, redis.ConnectionError | redis.TimeoutError)
-        unavailable.may_pass = unreachable and not isinstance(err, redis.AuthenticationError)
+        unavailable.transient = unreachable and not isinstance(err, redis.AuthenticationError)
         raise unavailable from err

@@ -1,4 +1,4 @@
-"""Owns the names of tracks and their steps; knows nothing of what is kept under them."""
+"""Make and parse state tokens, which name a step of a track."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from errors import BadRequestError
 
 @dataclass(frozen=True)
 class StateToken:
-    """Names one step of one track; what CVAT carries in `states`, as `<track>.<step>`."""
+    """Name of one step of one track; CVAT carries it in `states` as `<track>.<step>`."""
 
     track: str
     step: str
@@ -24,10 +24,12 @@ class StateToken:
         """Read a token.
 
         Raises:
-            BadRequestError: It is none of ours.
+            BadRequestError: It does not have the form of a token.
         """
         if not isinstance(text, str) or not re.fullmatch(r"[\w-]{22}\.[\w-]{22}", text, re.ASCII):
-            raise BadRequestError("it is no state token of this function; start the track")
+            raise BadRequestError(
+                "this is not a state token of this function; start the track again"
+            )
         track, _, step = text.partition(".")
         return cls(track, step)
 

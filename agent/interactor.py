@@ -1,4 +1,4 @@
-"""The interactor's file for cvat-cli; finds the project around it and knows nothing else.
+"""Load the interactor for cvat-cli (`--function-file`).
 
 cvat-cli function create-native "SAM 2: Interactor" --function-file agent/interactor.py
 cvat-cli function run-agent <id> --function-file agent/interactor.py -p device=str:cuda
@@ -7,7 +7,7 @@ cvat-cli function run-agent <id> --function-file agent/interactor.py -p device=s
 import sys
 from pathlib import Path
 
-# cvat-cli loads this file by its path; the project's modules lie in the folder above.
+# cvat-cli loads this file by its path; the project's modules are in the parent folder.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from agent.interaction_function import create

@@ -1,13 +1,13 @@
-"""Owns where cvat-cli keeps its tracking states: in Redis, shared by all agents of a function.
+"""Store cvat-cli's tracking states in Redis, shared by all agents of a function.
 
-cvat-cli names a state once, when an object is started, and keeps what the name stands for in the
-memory of one agent. Here the name is the token of the object's first step, and behind it lies
+cvat-cli names a state once, when an object is started, and stores the state in the memory of one
+agent. Here the name is the token of the object's first step, and the state is stored as
 
     key                          type    holds                              lives
     sam2:{<track>}:agent:<step>  string  JSON: the state's task, image      state TTL from its
                                          size, shape type, newest token     last frame
 
-The only module that knows cvat-cli's insides; it knows nothing of SAM 2.
+This is the only module that depends on private parts of cvat-cli.
 """
 
 from __future__ import annotations
@@ -31,24 +31,25 @@ from state_token import StateToken
 try:
     from cvat_cli._internal import agent_driver_tracking as driver
     from cvat_cli._internal.agent_driver import BadArError
-except ImportError:  # another cvat-cli, and not a known one
+except ImportError:  # an unknown version of cvat-cli
     driver = None
-    # the other error whose words CVAT is told; of all others it hears "Unknown error"
+    # The only other error whose message CVAT gets; for every other error it gets "Unknown error".
     BadArError = BadFunctionError
 
-# The versions of cvat-cli whose agents were read and tested: SHA-256 of the file that keeps states.
+# The versions of cvat-cli that this module was written and tested for: SHA-256 of the file that
+# stores states.
 KNOWN_VERSIONS = {"2.80.0": "ab301f606145652b2e155179ed46a018d8331d83d71d03e1aa05ab4cdd58c9e3"}
 
 
 @dataclass(frozen=True)
 class Record:
-    """What lies behind a state's name, beside its newest token.
+    """The stored fields of a state, except its newest token.
 
     Attributes:
-        key: Where, in Redis.
+        key: The key in Redis.
         task_id: The task that the object was started in.
-        image_dims: Width and height of the frame it was started on.
-        shape_type: What the annotator drew.
+        image_dims: Width and height of the frame that the object was started on.
+        shape_type: The type of the shape that the annotator drew.
     """
 
     key: str
@@ -59,11 +60,11 @@ class Record:
 
 @dataclass
 class TrackingState:
-    """What cvat-cli hands the function of one state.
+    """One object's state, as cvat-cli passes it to the function.
 
     Attributes:
-        token: The object's newest step; moves on with each frame, while the state's name stays.
-        record: Where it came from; None when cvat-cli keeps it in the agent's memory.
+        token: The object's newest step. It changes with each frame; the state's name does not.
+        record: The stored fields; None if cvat-cli stores the state in the agent's memory.
     """
 
     token: StateToken
@@ -71,7 +72,7 @@ class TrackingState:
 
 
 class SharedStates:
-    """Stands in for cvat-cli's `_TrackingStateContainer`, with the same refusals.
+    """Replacement for cvat-cli's `_TrackingStateContainer`, with the same error messages.
 
     Args:
         client: Connection pool to the server, answering bytes.
@@ -82,17 +83,17 @@ class SharedStates:
         self._client = client
         self._ttl_s = ttl_s
 
-    def take_over(self) -> None:
-        """Be what cvat-cli keeps states in; to be called before it makes a container of its own."""
-        driver._TrackingStateContainer = lambda: self  # noqa: SLF001  # there is no other way in
+    def install(self) -> None:
+        """Make cvat-cli use this container; call before cvat-cli creates its own."""
+        driver._TrackingStateContainer = lambda: self  # noqa: SLF001  # cvat-cli has no hook for it
 
     def store(
         self, state: TrackingState, shape_type: str, task_id: int, image_dims: tuple[int, int]
     ) -> str:
-        """Keep a new object's state and return the name that CVAT is to know it by."""
+        """Store a new object's state and return its name for CVAT."""
         key = _key(state.token)
-        with refusals():
-            self.move([TrackingState(state.token, Record(key, task_id, image_dims, shape_type))])
+        with bad_requests():
+            self.update([TrackingState(state.token, Record(key, task_id, image_dims, shape_type))])
         return str(state.token)
 
     def retrieve(
@@ -101,14 +102,14 @@ class SharedStates:
         """Return a state and its shape type.
 
         Raises:
-            BadArError: It is gone, or of another task or image size. Names are unguessable; even
-                so, whoever got hold of one learns nothing of a task that is not theirs.
+            BadArError: The state is missing, or of another task or image size. The check of the
+                task keeps a leaked name from giving access to somebody else's task.
         """
         try:
             key = _key(StateToken.parse(state_id))
         except BadRequestError:
             raise _not_found(state_id) from None
-        with refusals(), translated_errors():
+        with bad_requests(), translated_errors():
             data: Any = self._client.get(key)
         if data is None:
             raise _not_found(state_id)
@@ -120,11 +121,11 @@ class SharedStates:
             raise BadArError("Image sizes of the start frame and the current frame are different")
         return TrackingState(StateToken.parse(fields["token"]), record), record.shape_type
 
-    def move(self, states: Sequence[TrackingState]) -> None:
-        """Write where states stand now: all of them or none.
+    def update(self, states: Sequence[TrackingState]) -> None:
+        """Write the newest tokens of states: all or none.
 
         Raises:
-            StateStoreUnavailableError: The server is away; they stand where they stood.
+            StateStoreUnavailableError: The server is unavailable; the stored tokens are unchanged.
         """
         with translated_errors():
             pipeline = self._client.pipeline(transaction=True)
@@ -140,11 +141,11 @@ class SharedStates:
             pipeline.execute()
 
     def prune(self) -> None:
-        """Return: Redis forgets by itself."""
+        """Do nothing: Redis expires states."""
 
 
 def cvat_cli_version() -> str:
-    """Return the version of the cvat-cli around us."""
+    """Return the version of the installed cvat-cli."""
     try:
         return version("cvat-cli")
     except PackageNotFoundError:
@@ -152,7 +153,7 @@ def cvat_cli_version() -> str:
 
 
 def cvat_cli_is_known() -> bool:
-    """Tell whether the cvat-cli around us keeps its states as this module believes."""
+    """Tell whether the installed cvat-cli is a version that this module was written for."""
     expected = KNOWN_VERSIONS.get(cvat_cli_version())
     if driver is None or expected is None:
         return False
@@ -160,8 +161,8 @@ def cvat_cli_is_known() -> bool:
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
-    """Turn our errors into the one whose words cvat-cli passes on, and whose class it can load."""
+def bad_requests() -> Iterator[None]:
+    """Turn TrackerError into BadArError, whose message cvat-cli sends to CVAT."""
     try:
         yield
     except TrackerError as err:

@@ -1,6 +1,6 @@
-"""Owns what cvat-cli's agents call: an auto-annotation function that tracks, and its parameters.
+"""The tracker as cvat-cli's agents call it: shapes or states on a frame in, shapes out.
 
-Adds no tracking of its own; `func.py` is the file that cvat-cli is given.
+cvat-cli loads it through `func.py`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from agent.shared_states import (
     KNOWN_VERSIONS,
     SharedStates,
     TrackingState,
+    bad_requests,
     cvat_cli_is_known,
     cvat_cli_version,
-    refusals,
 )
-from agent.worker import MODEL_PARAMETERS, log, make
+from agent.worker import MODEL_PARAMETERS, create_function, log
 from images import upright_rgb
 from object_requests import Continue, Start
 from protocol import parse_shape
@@ -36,62 +36,64 @@ PARAMETERS = (*MODEL_PARAMETERS, "batch_objects", "polygon_tolerance", "request_
 
 @dataclass(eq=False)
 class FrameRequest:
-    """What cvat-cli asks of one frame.
+    """One frame and the objects to track on it.
 
     Attributes:
         frame: The frame.
-        find: Finds objects on it.
-        objects: Those asked for so far.
+        track: Tracks objects on a frame.
+        states: The states of the objects that cvat-cli has asked for so far.
     """
 
     frame: Frame
-    find: Callable[[Frame, Sequence[TrackingState]], list[cvataa.TrackableShape | None]]
-    objects: list[TrackingState] = field(default_factory=list)
+    track: Callable[[Frame, Sequence[TrackingState]], list[cvataa.TrackableShape | None]]
+    states: list[TrackingState] = field(default_factory=list)
 
     @cached_property
-    def answers(self) -> list[cvataa.TrackableShape | None]:
-        """Where the objects are, found together; None for those that are not in the frame."""
-        return self.find(self.frame, self.objects)
+    def shapes(self) -> list[cvataa.TrackableShape | None]:
+        """The objects' shapes, None for objects that are not in the frame; tracked together."""
+        return self.track(self.frame, self.states)
 
 
 class PendingShape:
-    """Where an object is, found as late as possible.
+    """The shape of an object, computed when it is pickled.
 
     cvat-cli asks for one object after another, collects the answers, and pickles them to send them
     to its main process. By then all objects of the request are known: they are checked before any
-    is computed, share forward passes, and move on together or not at all.
+    is computed, share forward passes, and are updated together or not at all.
 
     Args:
-        request: The object is the last of its `objects` so far.
-        shape_type: What cvat-cli may know of the shape before.
+        request: The object's state is the last of its `states` so far.
+        shape_type: The type of the shape; cvat-cli reads nothing else before it pickles.
     """
 
     def __init__(self, request: FrameRequest, shape_type: str) -> None:
         self.type = shape_type
         self._request = request
-        self._index = len(request.objects) - 1
+        self._index = len(request.states) - 1
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Arrive as a shape or None."""
-        return copy.copy, (self._request.answers[self._index],)
+        """Unpickle as a shape or None."""
+        return copy.copy, (self._request.shapes[self._index],)
 
 
 class TrackingFunction:
-    """A tracking function in cvat-sdk's sense (`cvat_sdk.auto_annotation.TrackingFunction`).
+    """A `cvat_sdk.auto_annotation.TrackingFunction`.
 
     Args:
         settings: Model, device, store.
     """
 
-    spec = cvataa.TrackingFunctionSpec(supported_shape_types=[one.value for one in ShapeType])
+    spec = cvataa.TrackingFunctionSpec(
+        supported_shape_types=[shape_type.value for shape_type in ShapeType]
+    )
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._states: SharedStates | None = None
-        self._answers_together = False
+        self._defers = False  # whether a request's objects are tracked together
 
     def start_agent(self) -> None:
-        """Load the model, reach the store and share the states, before the first request.
+        """Load the model, connect to the store and share states, before the first request.
 
         Raises:
             SettingsError: Weights or the device are missing; see `model_loader.load_model`.
@@ -99,11 +101,11 @@ class TrackingFunction:
         """
         log.info("ready: %s", self._tracker.describe() | {"process": str(os.getpid())})
         redis_settings = self._settings.redis
-        self._answers_together = cvat_cli_is_known()
-        if not self._answers_together:
+        self._defers = cvat_cli_is_known()
+        if not self._defers:
             log.warning(
-                "cvat-cli %s may keep its states in a way unknown to this function: tracks end "
-                "with this agent, run one per function; known is %s",
+                "cvat-cli %s is not a tested version, so its states are not shared: tracks end "
+                "with this agent, run one per function; tested is %s",
                 cvat_cli_version(),
                 ", ".join(KNOWN_VERSIONS),
             )
@@ -115,15 +117,15 @@ class TrackingFunction:
         else:
             client, ttl_s = connect(redis_settings), self._settings.state_ttl_s
             self._states = SharedStates(client=client, ttl_s=ttl_s)
-            self._states.take_over()
+            self._states.install()
 
     def preprocess_image(
         self,
         context: cvataa.TrackingFunctionContext,  # noqa: ARG002  # cvat-sdk's interface
         image: Image.Image,
     ) -> FrameRequest:
-        """Begin a request; the frame is encoded when the first object needs it."""
-        return FrameRequest(Frame.from_image(upright_rgb(image)), self._find)
+        """Start a request; the frame is encoded when the first object needs it."""
+        return FrameRequest(Frame.from_image(upright_rgb(image)), self._track)
 
     def init_tracking_state(
         self,
@@ -134,9 +136,9 @@ class TrackingFunction:
         """Start an object.
 
         Raises:
-            BadArError: The shape cannot be drawn on this frame, or the store is away.
+            BadArError: The shape cannot be drawn on this frame, or the store is unavailable.
         """
-        with refusals():
+        with bad_requests():
             fields = {"type": shape.type, "points": shape.points}
             start = Start(parse_shape(fields, self._settings.limits))
             (started,) = self._run(pp_image.frame, [start])
@@ -148,18 +150,19 @@ class TrackingFunction:
         pp_image: FrameRequest,
         state: TrackingState,
     ) -> cvataa.TrackableShape | PendingShape | None:
-        """Find an object on a further frame.
+        """Track an object on a further frame.
 
         Returns:
-            None when it is not in the frame, but for rectangles, which keep their last box. A
-            `PendingShape` becomes one or the other.
+            The shape; None if the object is not in the frame (a lost rectangle keeps its last box).
+            A `PendingShape` is unpickled as one of them.
 
         Raises:
-            BadArError: The state is of another model, or the store is away; nothing has moved.
+            BadArError: The state is of another model, or the store is unavailable; no state has
+                changed.
         """
-        if not self._answers_together:
-            return self._find(pp_image.frame, [state])[0]
-        pp_image.objects.append(state)
+        if not self._defers:
+            return self._track(pp_image.frame, [state])[0]
+        pp_image.states.append(state)
         return PendingShape(pp_image, context.original_shape_type)
 
     @cached_property
@@ -168,38 +171,38 @@ class TrackingFunction:
         store.ping()
         return build_tracker(self._settings, store)
 
-    def _find(
-        self, frame: Frame, objects: Sequence[TrackingState]
+    def _track(
+        self, frame: Frame, states: Sequence[TrackingState]
     ) -> list[cvataa.TrackableShape | None]:
-        with refusals():
-            found = self._run(frame, [Continue(one.token) for one in objects])
-            for one, here in zip(objects, found, strict=True):
-                one.token = here.token
+        with bad_requests():
+            tracked = self._run(frame, [Continue(state.token) for state in states])
+            for state, obj in zip(states, tracked, strict=True):
+                state.token = obj.token
             if self._states is not None:
-                self._states.move(objects)
-        return [_trackable(here.shape) for here in found]
+                self._states.update(states)
+        return [_trackable(obj.shape) for obj in tracked]
 
     def _run(self, frame: Frame, items: Sequence[Start | Continue]) -> list[TrackedObject]:
         report = Report()
-        found = self._tracker.run(frame, items, report)
+        tracked = self._tracker.run(frame, items, report)
         log.info("tracked: %s", vars(report))
-        return found
+        return tracked
 
 
 def create(**parameters: object) -> TrackingFunction:
-    """Make the function; what cvat-cli calls with the values of its `-p` options.
+    """Create the function; cvat-cli calls this with the values of its `-p` options.
 
     Args:
         parameters: See `PARAMETERS`.
 
     Raises:
-        SystemExit: See `worker.make`.
+        SystemExit: See `worker.create_function`.
     """
-    return make(TrackingFunction, parameters, PARAMETERS)
+    return create_function(TrackingFunction, parameters, PARAMETERS)
 
 
 def _trackable(shape: Shape | None) -> cvataa.TrackableShape | None:
-    # Plain types only: cvat-cli's main process, where this arrives, does not know our modules.
+    # Plain types only: cvat-cli's main process, which unpickles this, cannot import our modules.
     return (
         None if shape is None else cvataa.TrackableShape(type=shape.type.value, points=shape.points)
     )

@@ -1,7 +1,4 @@
-"""Owns how a function begins and ends in cvat-cli's worker: parameters, log, the agent's death.
-
-Knows nothing of what the functions do.
-"""
+"""Create functions in cvat-cli's worker processes: parameters, log, end of the agent."""
 
 from __future__ import annotations
 
@@ -16,42 +13,42 @@ from typing import Protocol, TypeVar
 from errors import SettingsError, StateStoreUnavailableError
 from settings import Settings
 
-# Each parameter stands for the environment variable SAM2_<NAME>, and wins over it.
+# Each parameter overrides the environment variable SAM2_<NAME>.
 MODEL_PARAMETERS = ("model_id", "config", "checkpoint", "device", "image_size")
 
 log = logging.getLogger("sam2_agent")
 
 
 class Startable(Protocol):
-    """A function whose model is loaded only where it is to serve."""
+    """A function that loads its model only in an agent."""
 
     def start_agent(self) -> None:
-        """Get ready for the first request."""
+        """Load what the first request needs."""
 
 
 F = TypeVar("F", bound=Startable)
 
 
-def make(
-    function_of: Callable[[Settings], F], parameters: Mapping[str, object], known: Sequence[str]
+def create_function(
+    function_class: Callable[[Settings], F], parameters: Mapping[str, object], known: Sequence[str]
 ) -> F:
-    """Make a function, and in an agent's worker also start it.
+    """Create a function and, in an agent's worker process, start it.
 
     Args:
-        function_of: Makes the function from settings.
+        function_class: Creates the function from settings.
         parameters: The values of cvat-cli's `-p` options.
-        known: Their allowed names.
+        known: The allowed names of parameters.
 
     Raises:
-        SystemExit: A parameter or variable is wrong; in an agent also if it could not serve.
+        SystemExit: A parameter or variable is wrong; in an agent also if the start fails.
     """
     try:
-        function = function_of(read_settings(parameters, known, os.environ))
-        # create-native also makes the function, in its own process, and only looks at the spec.
+        function = function_class(read_settings(parameters, known, os.environ))
+        # create-native also creates the function, in its own process, but only reads its spec.
         agent = multiprocessing.parent_process()
         if agent is not None:
-            _write_log()
-            threading.Thread(target=_end_with, args=[agent], daemon=True).start()
+            _set_up_log()
+            threading.Thread(target=_exit_with, args=[agent], daemon=True).start()
             function.start_agent()
     except (SettingsError, StateStoreUnavailableError) as err:
         raise SystemExit(f"cannot start: {err}") from err
@@ -61,10 +58,10 @@ def make(
 def read_settings(
     parameters: Mapping[str, object], known: Sequence[str], env: Mapping[str, str]
 ) -> Settings:
-    """Return the settings of an environment and the parameters that win over it.
+    """Return the settings of an environment, overridden by parameters.
 
     Raises:
-        SettingsError: A parameter is not known, or a value is wrong.
+        SettingsError: A parameter is unknown, or a value is wrong.
     """
     unknown = set(parameters) - set(known)
     if unknown:
@@ -74,13 +71,13 @@ def read_settings(
     if "model_id" in parameters and {"config", "checkpoint"} & set(parameters):
         raise SettingsError("model_id and config with checkpoint name two models: give one")
     given = {f"SAM2_{name.upper()}": str(value) for name, value in parameters.items()}
-    if "SAM2_MODEL_ID" in given:  # otherwise the variables would win over the parameter
+    if "SAM2_MODEL_ID" in given:  # these variables would override the parameter
         env = {name: env[name] for name in env if name not in {"SAM2_CONFIG", "SAM2_CHECKPOINT"}}
     return Settings.from_env({**env, **given})
 
 
-def _write_log() -> None:
-    """Write our log lines as cvat-cli writes its own."""
+def _set_up_log() -> None:
+    """Log in the format of cvat-cli."""
     handler = logging.StreamHandler()
     handler.setFormatter(
         logging.Formatter("[%(asctime)s] %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S")
@@ -89,7 +86,7 @@ def _write_log() -> None:
     log.setLevel(logging.INFO)
 
 
-def _end_with(agent: BaseProcess) -> None:
-    """End this worker when its agent was killed; it would keep the model on the GPU for ever."""
+def _exit_with(agent: BaseProcess) -> None:
+    """Exit when the agent is killed; this worker would keep the model on the GPU forever."""
     agent.join()
     os._exit(1)

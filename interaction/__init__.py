@@ -1,1 +1,1 @@
-"""The interactor: one object outlined from clicks and a box."""
+"""The interactor: the mask of one object from clicks and a box."""

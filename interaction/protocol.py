@@ -1,4 +1,4 @@
-"""Owns CVAT's interactor JSON, to a prompt on a frame and back from a mask; no torch."""
+"""Parse CVAT's interactor requests and format their answers."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ from shapes import (
 
 Point = tuple[float, float]  # xy in the frame's pixels
 
-# CVAT's interface rounds a click to tell that it lies in the frame, and sends it as it was.
+# CVAT's interface rounds a click to check that it lies in the frame, but sends it unrounded.
 CLICK_ROUNDING = 0.5  # pixels
 MAX_POINTS = 256  # far more than anybody clicks; each costs the mask decoder time
 EXTREME_POINTS = 4
-# how far, in parts of the box's width or height, a point may lie from the side that it holds
-EXTREME_SLACK = 0.03
+# Largest distance of an extreme point from its side of the box, relative to the box's width or
+# height.
+EXTREME_TOLERANCE = 0.03
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the annotator showed of one object.
+    """What the annotator clicked and drew for one object, in pixels of the frame.
 
     Attributes:
-        positive: Points on it, in the order of the clicks.
-        negative: Points beside it, likewise.
-        box: Box XYXY around it, or None.
+        positive: Points on the object, in the order of the clicks.
+        negative: Points not on the object, in the order of the clicks.
+        box: Box XYXY around the object, or None.
     """
 
     positive: tuple[Point, ...] = ()
@@ -53,7 +54,7 @@ class Prompt:
         return len(self.positive) + len(self.negative)
 
     def continues(self, earlier: Prompt) -> bool:
-        """Tell whether this is an earlier prompt with more clicks behind its own."""
+        """Tell whether this is an earlier prompt with further clicks."""
         return (
             len(self) > len(earlier)
             and self.box == earlier.box
@@ -68,7 +69,7 @@ class InteractorRequest:
 
     Attributes:
         image: The frame's encoded bytes.
-        size_hw: Its height and width.
+        size_hw: The frame's height and width.
         prompt: What to segment.
     """
 
@@ -84,12 +85,12 @@ def parse_interactor_request(
 
     Args:
         body: A dict as Nuclio decodes it, or the bytes of the JSON under another content type.
-        limits: What one request may ask for.
+        limits: Upper limits of one request.
         extreme_points: Whether points that lie like extreme points mean a box.
 
     Raises:
         BadRequestError: Something is missing or malformed; the message says where.
-        NotAnImageError: The image is none.
+        NotAnImageError: The image cannot be decoded.
         TooLargeError: A limit of the image is exceeded.
     """
     fields = json_object(body, limits, "image, pos_points, neg_points and obj_bbox")
@@ -103,12 +104,13 @@ def parse_prompt(fields: dict[str, Any], size_hw: SizeHW, *, extreme_points: boo
     """Read `pos_points`, `neg_points` and `obj_bbox`.
 
     Args:
-        fields: Holds them, each a list; missing or None is empty.
+        fields: The request; each field is a list, and missing or None counts as empty.
         size_hw: Height and width of the frame.
         extreme_points: Whether points that lie like extreme points mean a box.
 
     Raises:
-        BadRequestError: One is malformed or outside the frame, or there is nothing to segment.
+        BadRequestError: A field is malformed, a point lies outside the frame, or there is neither a
+            box nor a positive point.
     """
     positive, negative = (_points(fields, name, size_hw) for name in ("pos_points", "neg_points"))
     box = _box(fields, size_hw)
@@ -123,29 +125,28 @@ def parse_prompt(fields: dict[str, Any], size_hw: SizeHW, *, extreme_points: boo
 
 
 def extreme_box(positive: Sequence[Point], negative: Sequence[Point] = ()) -> Box | None:
-    """Return the box that extreme points mean, the way annotators click them for DEXTR.
+    """Return the box that extreme points mean, clicked as annotators click them for DEXTR.
 
-    Points lie like extreme points when each of the first four positive ones holds another side of
-    the box around all positive ones: one lies on the left side, one on the top, one on the right,
-    one on the bottom, as exactly as people click. Further positive points do not move the sides,
-    and negative ones, which take away what is too much, lie inside.
+    Points count as extreme points if each of the first four positive points lies on another side of
+    the box around all positive points, within `EXTREME_TOLERANCE`, and if the negative points,
+    which correct the mask, lie inside the box.
 
     Args:
         positive: Points on the object, in the order of the clicks.
-        negative: Points beside it.
+        negative: Points not on the object.
 
     Returns:
-        The box XYXY, or None where the points do not lie like that.
+        The box XYXY, or None if the points are not extreme points.
     """
     if len(positive) < EXTREME_POINTS:
         return None
     points = np.array(positive)
     low, high = points.min(axis=0), points.max(axis=0)
     first = points[:EXTREME_POINTS]
-    slack = EXTREME_SLACK * (high - low)
-    held = np.hstack([first - low <= slack, high - first <= slack])  # points by sides
+    tolerance = EXTREME_TOLERANCE * (high - low)
+    on_side = np.hstack([first - low <= tolerance, high - first <= tolerance])  # points by sides
     one_each = any(
-        all(held[point, side] for side, point in enumerate(order))
+        all(on_side[point, side] for side, point in enumerate(order))
         for order in permutations(range(EXTREME_POINTS))
     )
     inside = all((low <= point).all() and (point <= high).all() for point in negative)
@@ -159,11 +160,11 @@ def format_interactor_answer(mask: Mask, confidence: float, form: MaskForm) -> s
 
     Args:
         mask: `(H, W)`, at the frame's size.
-        confidence: SAM 2's guess of the mask's IoU with the truth, 0 to 1.
-        form: How to write `mask`, which CVAT up to 2.54 needs beside or instead of `shapes`.
+        confidence: SAM 2's predicted IoU of the mask with the object, 0 to 1.
+        form: Form of the field `mask`, which CVAT up to 2.54 needs beside or instead of `shapes`.
 
     Returns:
-        JSON: `shapes` with one mask, or none where the mask is empty, and `mask`.
+        JSON: `shapes` with one mask, or no shape if the mask is empty, and `mask`.
     """
     box = mask_to_box(mask)
     fields: dict[str, Any] = {"shapes": []}
@@ -182,7 +183,8 @@ def format_interactor_answer(mask: Mask, confidence: float, form: MaskForm) -> s
 def _json_rows(mask: Mask) -> str:
     """Return a mask `(h, w)` as a JSON list of lists of 0 and 1.
 
-    By NumPy, as the JSON encoder takes longer for a million numbers than SAM 2 for a click.
+    NumPy writes the text: for a million numbers the JSON encoder takes longer than SAM 2 for a
+    click.
     """
     height, width = mask.shape
     rows = np.full((height, 2 * width + 2), ord(","), dtype=np.uint8)
@@ -204,7 +206,7 @@ def _points(fields: dict[str, Any], name: str, size_hw: SizeHW) -> tuple[Point, 
             raise BadRequestError(f"{name}[{index}] must be two numbers, x and y")
         x, y = value
         edge = CLICK_ROUNDING
-        if not (-edge <= x <= width + edge and -edge <= y <= height + edge):  # NaN is nowhere
+        if not (-edge <= x <= width + edge and -edge <= y <= height + edge):  # rejects NaN too
             raise BadRequestError(
                 f"{name}[{index}] at {x!r:.20}, {y!r:.20} is outside the {width} x {height} frame"
             )

@@ -1,8 +1,8 @@
-"""Owns SAM 2 on single pictures: frame -> features, prompt -> mask; knows no JSON and no tracks.
+"""Segment one object on single frames with SAM 2: frame to features, prompt to mask.
 
 The masks equal those of `sam2.sam2_image_predictor.SAM2ImagePredictor` for the same frame, weights
-and prompt: the same modules are called in the same order on the same numbers. They are not those
-of the video predictor, which shrinks frames in another way.
+and prompt: the same modules run in the same order on the same numbers. They differ from the video
+predictor's, which resizes frames in another way.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from torch.nn import functional
 
 from interaction.protocol import Prompt
 from mask_regions import small_regions
-from model_handler import IMAGE_MEAN, IMAGE_STD, inference
+from model_handler import IMAGE_MEAN, IMAGE_STD, compute_dtype, inference
+from model_loader import load_predictor
 from settings import Settings
 from shapes import Mask, SizeHW
 
 # sam2/modeling/sam/prompt_encoder.py, _embed_points
 NEGATIVE, POSITIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = 0, 1, 2, 3
 
-# Answers whose scores are kept for the next click: 256 KB each at 1024 px.
-HINTS_KEPT = 64
+# Answers whose low_res_logits are cached for the next click: 256 KB each at 1024 px.
+CACHED_HINTS = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """What SAM 2 takes for the object.
+    """The mask of a prompt.
 
     Attributes:
         mask: `(H, W)`, at the frame's size.
-        confidence: SAM 2's guess of the mask's IoU with the truth, 0 to 1.
+        confidence: SAM 2's predicted IoU of the mask with the object, 0 to 1.
         encoded: Whether the frame had to be encoded.
-        refined: Whether an earlier answer was refined.
+        refined: Whether an earlier answer's scores were refined.
     """
 
     mask: Mask
@@ -48,36 +49,53 @@ class Segment:
 
 
 class Segmenter:
-    """A SAM 2 model on one device, with the frames and answers it saw last.
+    """A SAM 2 model on one device, with caches of recent frames and answers.
 
     Args:
         model: In evaluation mode, on its device.
-        frames_kept: Encoded frames to keep on the device.
+        fingerprint: Names the model's weights and config.
+        cached_frames: Number of encoded frames to cache on the device.
         hole_area: Largest hole to fill, in pixels of the low-resolution mask; 0 fills none.
-        island_area: Largest island to remove, likewise.
+        island_area: Largest island to remove, in the same pixels; 0 removes none.
     """
 
     def __init__(
-        self, model: SAM2VideoPredictor, *, frames_kept: int, hole_area: int, island_area: int
+        self,
+        model: SAM2VideoPredictor,
+        *,
+        fingerprint: str,
+        cached_frames: int,
+        hole_area: int,
+        island_area: int,
     ) -> None:
         self._model = model
         self._device: torch.device = model.device
+        self._fingerprint = fingerprint
         self._hole_area = hole_area
         self._island_area = island_area
-        self._frames: cachetools.LRUCache[str, _Features] = cachetools.LRUCache(frames_kept)
+        self._frames: cachetools.LRUCache[str, _Features] = cachetools.LRUCache(cached_frames)
         self._hints: cachetools.LRUCache[tuple[str, Prompt], torch.Tensor] = cachetools.LRUCache(
-            HINTS_KEPT
+            CACHED_HINTS
         )
 
-    def segment(self, key: str, image: Callable[[], Image.Image], prompt: Prompt) -> Segment:
-        """Find the object of a prompt.
+    def describe(self) -> dict[str, str]:
+        """Return what the model is and runs on, for the log."""
+        return {
+            "model": self._fingerprint,
+            "device": str(self._device),
+            "dtype": str(compute_dtype(self._device)),
+            "image_size": str(self._model.image_size),
+        }
 
-        Where this replica answered the same prompt with fewer clicks, SAM 2 refines that answer,
-        as it is trained to. Another replica answers from the prompt alone.
+    def segment(self, key: str, image: Callable[[], Image.Image], prompt: Prompt) -> Segment:
+        """Segment the object of a prompt.
+
+        If this replica has answered the same prompt with fewer clicks, SAM 2 refines that answer,
+        as it is trained to. Other replicas answer from the prompt alone.
 
         Args:
-            key: Names the frame's content; a known frame is not encoded again.
-            image: Gives the RGB frame; called only when needed.
+            key: Names the frame's content; a cached frame is not encoded again.
+            image: Returns the RGB frame; called only when needed.
             prompt: At least a box or a positive point.
         """
         features = self._frames.get(key)
@@ -87,7 +105,7 @@ class Segmenter:
         hint = self._hint(key, prompt)
         with inference(self._device):
             low_res_logits, confidence = self._decode(features, prompt, hint)
-            # SAM2ImagePredictor.predict clamps what it hands out to be fed back
+            # SAM2ImagePredictor.predict clamps the logits that it returns for the next call
             self._hints[key, prompt] = low_res_logits.clamp(-32, 32).float()
             logits = functional.interpolate(
                 self._tidy(low_res_logits.float()),
@@ -99,9 +117,11 @@ class Segmenter:
         return Segment(mask, confidence, encoded, hint is not None)
 
     def _encode(self, image: Image.Image) -> _Features:
-        """Source: `SAM2ImagePredictor.set_image`, `SAM2Transforms` and torchvision's parts of it.
+        """Encode an RGB frame.
 
-        The frame is shrunk on the CPU, as there, so that a GPU sees the same numbers.
+        As in the source, the frame is resized on the CPU, so that a GPU gets the same numbers.
+
+        Source: `SAM2ImagePredictor.set_image`, `SAM2Transforms` and torchvision's parts of it.
         """
         side = self._model.image_size
         with inference(self._device):
@@ -126,17 +146,21 @@ class Segmenter:
         return _Features((image.height, image.width), maps[-1], maps[:-1])
 
     def _hint(self, key: str, prompt: Prompt) -> torch.Tensor | None:
-        """Return the scores of the longest prompt on the frame that this one continues."""
-        earlier = [one for frame, one in self._hints if frame == key and prompt.continues(one)]
+        """Return the logits of the longest earlier prompt that this prompt continues, or None."""
+        earlier = [
+            old_prompt
+            for frame, old_prompt in self._hints
+            if frame == key and prompt.continues(old_prompt)
+        ]
         return self._hints[key, max(earlier, key=len)] if earlier else None
 
     def _decode(
         self, features: _Features, prompt: Prompt, hint: torch.Tensor | None
     ) -> tuple[torch.Tensor, float]:
-        """Return one mask's scores, `(1, 1, S/4, S/4)`, and its predicted IoU.
+        """Return the low_res_logits of one mask, `(1, 1, S/4, S/4)`, and its predicted IoU.
 
-        A single click leaves open what is meant, the sleeve or the shirt: then SAM 2 proposes three
-        masks, and the one it expects most of is taken.
+        A single click is ambiguous (the sleeve or the shirt?): SAM 2 then proposes three masks, and
+        the mask with the highest predicted IoU is returned.
 
         Source: `SAM2ImagePredictor._prep_prompts` and `_predict`.
         """
@@ -156,7 +180,7 @@ class Segmenter:
         return logits[:, best : best + 1], min(1.0, max(0.0, float(ious[0, best])))
 
     def _points(self, features: _Features, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the points in the model's pixels, `(1, N, 2)`, and their labels, `(1, N)`."""
+        """Return points in pixels of the model's input, `(1, N, 2)`, and their labels, `(1, N)`."""
         corners = [] if prompt.box is None else [prompt.box[:2], prompt.box[2:]]
         labels = [] if prompt.box is None else [BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]
         labels += [POSITIVE] * len(prompt.positive) + [NEGATIVE] * len(prompt.negative)
@@ -168,10 +192,10 @@ class Segmenter:
         return coords, torch.tensor([labels], dtype=torch.int, device=self._device)
 
     def _tidy(self, logits: torch.Tensor) -> torch.Tensor:
-        """Fill small holes and remove small islands; an object that is one small island stays.
+        """Fill small holes and remove small islands, unless no other foreground would be left.
 
-        Source: `SAM2Transforms.postprocess_masks`, which needs SAM 2's CUDA extension for it and
-            skips it elsewhere. It also removes small objects altogether.
+        Source: `SAM2Transforms.postprocess_masks`, which needs SAM 2's CUDA extension and does
+            nothing without it. It also removes objects that consist of small islands only.
         """
         if not (self._hole_area or self._island_area):
             return logits
@@ -184,14 +208,17 @@ class Segmenter:
         return tidied.masked_fill(torch.from_numpy(islands).to(logits.device), -10.0)
 
 
-def build_segmenter(model: SAM2VideoPredictor, settings: Settings) -> Segmenter:
-    """Tie a segmenter to a loaded model as the settings say, and warm it up.
+def build_segmenter(settings: Settings) -> Segmenter:
+    """Load the model that the settings name, and warm it up for a click and a box.
 
-    A click and a box are asked for, so that the first annotator does not pay for them.
+    Raises:
+        SettingsError: See `model_loader.load_predictor`.
     """
+    model, fingerprint = load_predictor(settings)
     segmenter = Segmenter(
         model,
-        frames_kept=settings.feature_cache_frames,
+        fingerprint=fingerprint,
+        cached_frames=settings.feature_cache_frames,
         hole_area=settings.interactor.hole_area,
         island_area=settings.interactor.island_area,
     )
@@ -208,7 +235,7 @@ class _Features:
     Attributes:
         size_hw: Height and width of the frame itself.
         embedding: The coarsest level, `(1, C, S/16, S/16)`.
-        high_res: The finer ones from fine to coarse, each `(1, C, h, w)`.
+        high_res: The finer levels from fine to coarse, each `(1, C, h, w)`.
     """
 
     size_hw: SizeHW

@@ -1,4 +1,4 @@
-"""Fixtures: a Redis server of our own, every kind of store, small models with sensitive weights."""
+"""Fixtures: a Redis server, every kind of store, functions with small models of random weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from state_store import MemoryStateStore, RedisStateStore, StateStore
-from testbed.functions import CONFIG, IMAGE_SIZE, Function
+from testbed.functions import CONFIG, IMAGE_SIZE, Function, micro_environment
 from testbed.redis_server import RedisServer
 
 
@@ -22,7 +22,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """One real server for the whole run; tests tell their keys apart by track ids."""
+    """One real server for the whole run; tests use different track ids."""
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     yield server
     server.stop()
@@ -30,7 +30,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 @pytest.fixture(scope="session")
 def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
-    """Somebody who can look into the store and write to it."""
+    """A client that reads and writes the store directly."""
     client = redis_server.client()
     yield client
     client.close()
@@ -38,16 +38,16 @@ def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
 
 @pytest.fixture(params=["memory", "fakeredis", "redis"])
 def state_store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
-    """Every store, to hold to the same contract."""
-    lives = {"state_ttl_s": 1000, "retry_window_s": 100}
+    """Every store: all have to pass the same tests."""
+    state_ttl_s, retry_window_s = 1000, 100
     if request.param == "memory":
-        yield MemoryStateStore(state_ttl_s=1000, retry_window_s=100)
+        yield MemoryStateStore(state_ttl_s=state_ttl_s, retry_window_s=retry_window_s)
         return
     if request.param == "fakeredis":
         client: redis.Redis = fakeredis.FakeRedis()
     else:
         client = request.getfixturevalue("redis_server").client()
-    store = RedisStateStore(client=client, **lives)
+    store = RedisStateStore(client=client, state_ttl_s=state_ttl_s, retry_window_s=retry_window_s)
     yield store
     store.close()
 
@@ -62,7 +62,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model_environment(checkpoint: Path) -> dict[str, str]:
-    """The variables that make the function load the small test model."""
+    """The variables that make a function load the tiny config with these weights."""
     return {
         "SAM2_CONFIG": CONFIG,
         "SAM2_CHECKPOINT": str(checkpoint),
@@ -72,10 +72,16 @@ def model_environment(checkpoint: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The variables that make a function load a very small model with sensitive random weights."""
+    return micro_environment(tmp_path_factory.mktemp("micro"))
+
+
+@pytest.fixture(scope="session")
 def start_function(
     model_environment: dict[str, str],
 ) -> Iterator[Callable[[dict[str, str]], Function]]:
-    """Start the function in this process with the test model and further variables."""
+    """Start the tracker in this process with the tiny config, or what further variables say."""
     started = []
 
     def start(environment: dict[str, str]) -> Function:
@@ -91,19 +97,45 @@ def start_function(
 def function(
     start_function: Callable[[dict[str, str]], Function], redis_server: RedisServer
 ) -> Function:
-    """The function on the real Redis server."""
+    """The tracker with the tiny config on the real Redis server."""
     return start_function(redis_server.environment)
+
+
+@pytest.fixture(scope="session")
+def micro_function(
+    start_function: Callable[[dict[str, str]], Function],
+    micro: dict[str, str],
+    redis_server: RedisServer,
+) -> Function:
+    """The tracker with the very small model on the real Redis server."""
+    return start_function(micro | redis_server.environment)
+
+
+@pytest.fixture(scope="session")
+def embedded_function(
+    start_function: Callable[[dict[str, str]], Function], micro: dict[str, str]
+) -> Function:
+    """The tracker with the very small model and the embedded store."""
+    return start_function(micro)
 
 
 @pytest.fixture(scope="session")
 def start_interactor(
     model_environment: dict[str, str],
 ) -> Callable[[dict[str, str]], Function]:
-    """Start the interactor in this process with the test model and further variables."""
+    """Start the interactor in this process with the tiny config, or what further variables say."""
     return lambda environment: Function("interaction.main", model_environment | environment)
 
 
 @pytest.fixture(scope="session")
 def interactor(start_interactor: Callable[[dict[str, str]], Function]) -> Function:
-    """The interactor as it comes."""
+    """The interactor with the tiny config."""
     return start_interactor({})
+
+
+@pytest.fixture(scope="session")
+def micro_interactor(
+    start_interactor: Callable[[dict[str, str]], Function], micro: dict[str, str]
+) -> Function:
+    """The interactor with the very small model."""
+    return start_interactor(micro)

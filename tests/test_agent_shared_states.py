@@ -24,7 +24,7 @@ TTL_S = 100
 
 @pytest.fixture
 def states(client: redis.Redis) -> SharedStates:
-    """Make the states of one agent."""
+    """The state container of one agent."""
     return SharedStates(client=client, ttl_s=TTL_S)
 
 
@@ -34,12 +34,12 @@ def token() -> StateToken:
 
 
 def test_installed_cvat_cli_is_known() -> None:
-    """The cvat-cli that the tests run is the one whose insides were read; a new one fails here."""
+    """A new version in the test environment fails here until it is tested."""
     assert cvat_cli_is_known()
 
 
 def test_one_cvat_cli_is_pinned_everywhere() -> None:
-    """What develops, what the image holds and what the guide says is the known version."""
+    """Requirements, image and guide name the known version."""
     texts = [
         (REPOSITORY / name).read_text()
         for name in ("requirements-dev.txt", "agent/Dockerfile", "agent/README.md")
@@ -51,27 +51,38 @@ def test_one_cvat_cli_is_pinned_everywhere() -> None:
 
 
 def test_cvat_cli_of_another_version_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A version that nobody read is not trusted, whatever its insides."""
+    """Even with equal code."""
     monkeypatch.setattr(shared_states, "version", lambda _: "2.81.0")
 
     assert not cvat_cli_is_known()
 
 
+def test_cvat_cli_with_changed_code_is_unknown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Even with a known version."""
+    changed = tmp_path / "agent_driver_tracking.py"
+    changed.write_text(Path(driver.__file__).read_text() + "\n# changed\n")
+    monkeypatch.setattr(driver, "__file__", str(changed))
+
+    assert not cvat_cli_is_known()
+
+
 def test_cvat_cli_without_the_driver_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cvat-cli whose modules are called otherwise is not trusted."""
+    """A version of cvat-cli without the module is unknown."""
     monkeypatch.setattr(shared_states, "driver", None)
 
     assert not cvat_cli_is_known()
 
 
-def test_cvat_cli_keeps_its_states_here(
+def test_cvat_cli_uses_the_installed_container(
     states: SharedStates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The container that cvat-cli's worker makes is ours once we took over."""
+    """cvat-cli's worker gets the shared container when it creates one."""
     for name in ("_TrackingStateContainer", "_tracking_states", "_tracking_state_id_generator"):
         monkeypatch.setattr(driver, name, vars(driver).get(name), raising=False)
 
-    states.take_over()
+    states.install()
     driver.AgentTrackingFunctionDriver.init_worker(str)
 
     assert driver._tracking_states is states
@@ -79,7 +90,7 @@ def test_cvat_cli_keeps_its_states_here(
 
 
 def test_every_method_of_the_container_is_there() -> None:
-    """Whatever cvat-cli may call on its container, it finds on ours."""
+    """The shared container has all methods that cvat-cli's container has."""
     theirs = {name for name in vars(driver._TrackingStateContainer) if not name.startswith("_")}
 
     assert theirs <= set(vars(SharedStates))
@@ -88,7 +99,7 @@ def test_every_method_of_the_container_is_there() -> None:
 def test_state_comes_back_from_another_agent(
     states: SharedStates, redis_server: RedisServer
 ) -> None:
-    """What one agent stored another one finds, with the shape type, and where it moved."""
+    """Another agent reads the state and its shape type, and its updates are shared."""
     first = token()
     other = SharedStates(client=redis_server.client(), ttl_s=TTL_S)
     name = states.store(TrackingState(first), "mask", 7, DIMS)
@@ -97,34 +108,34 @@ def test_state_comes_back_from_another_agent(
     assert (followed.token, shape_type) == (first, "mask")
 
     followed.token = newest = token()
-    other.move([followed])
+    other.update([followed])
     assert states.retrieve(name, 7, DIMS)[0].token == newest
 
 
 def test_state_lives_from_its_last_frame(states: SharedStates, client: redis.Redis) -> None:
-    """Each move renews the state's life."""
+    """Each update renews the TTL."""
     name = states.store(TrackingState(token()), "mask", 7, DIMS)
     (key,) = client.keys(f"*{name.partition('.')[0]}*:agent:*")
     client.expire(key, 5)
 
-    states.move([states.retrieve(name, 7, DIMS)[0]])
+    states.update([states.retrieve(name, 7, DIMS)[0]])
 
     assert TTL_S - 5 < int(client.ttl(key)) <= TTL_S
 
 
-def test_store_that_is_away_moves_nothing() -> None:
-    """A store that fails leaves every state of the request where it was, and says so."""
+def test_failed_update_changes_no_state() -> None:
+    """An outage of the store leaves every state of the request unchanged and is reported."""
     server = fakeredis.FakeServer()
     states = SharedStates(client=fakeredis.FakeRedis(server=server), ttl_s=TTL_S)
     first = [token(), token()]
-    names = [states.store(TrackingState(one), "mask", 7, DIMS) for one in first]
-    moved = [states.retrieve(name, 7, DIMS)[0] for name in names]
-    for one in moved:
-        one.token = token()
+    names = [states.store(TrackingState(old), "mask", 7, DIMS) for old in first]
+    updated = [states.retrieve(name, 7, DIMS)[0] for name in names]
+    for state in updated:
+        state.token = token()
 
     server.connected = False
     with pytest.raises(StateStoreUnavailableError, match="nothing is lost"):
-        states.move(moved)
+        states.update(updated)
     with pytest.raises(BadArError, match="nothing is lost"):
         states.retrieve(names[0], 7, DIMS)
     server.connected = True
@@ -150,19 +161,19 @@ def test_refusals_are_those_of_cvat_cli(
     dims: tuple[int, int],
     reason: str,
 ) -> None:
-    """A state that is unknown, of another task or of another image size is refused as by CVAT."""
+    """A state that is unknown, of another task or image size gets cvat-cli's own message."""
     theirs = driver._TrackingStateContainer()
     monkeypatch.setattr(driver, "_tracking_state_id_generator", new_id, raising=False)
     for container in (states, theirs):
-        kept = container.store(TrackingState(token()), "mask", 7, DIMS)
-        asked = kept if name is None else name
+        stored = container.store(TrackingState(token()), "mask", 7, DIMS)
+        asked = stored if name is None else name
 
         with pytest.raises(BadArError, match=reason):
             container.retrieve(state_id=asked, task_id=task, image_dims=dims)
 
 
 def test_compose_file_sets_what_the_agent_reads() -> None:
-    """Every variable of the pool's compose files is one that settings or cvat-cli know."""
+    """Every variable of the compose files is known to settings.py or to cvat-cli."""
     known = (REPOSITORY / "settings.py").read_text()
     cli = {"CVAT_ACCESS_TOKEN", "REDISCLI_AUTH", "OMP_NUM_THREADS"}
     for name in ("compose.yaml", "compose.gpu.yaml"):

@@ -32,14 +32,14 @@ STATUSES = {
 
 @pytest.mark.parametrize(("error", "status"), STATUSES.items())
 def test_error_has_its_status_and_keeps_its_message(error: type[TrackerError], status: int) -> None:
-    """Callers catch one family; each member knows its HTTP status."""
+    """All errors have one base class, and each has its HTTP status."""
     assert issubclass(error, TrackerError)
     assert error.status == status
     assert str(error("what, where, what to do")) == "what, where, what to do"
 
 
 def test_table_names_every_error() -> None:
-    """An error that is added has to be given a status here."""
+    """A new error has to be added to the table."""
     members = {
         member
         for _, member in inspect.getmembers(errors, inspect.isclass)
@@ -49,6 +49,6 @@ def test_table_names_every_error() -> None:
     assert members == {*STATUSES, TrackerError, SettingsError}
 
 
-def test_wrong_setting_is_no_answer_to_a_caller() -> None:
-    """A wrong setting stops the process; it must not be turned into a response."""
+def test_wrong_setting_is_not_sent_to_a_caller() -> None:
+    """A wrong setting ends the process; it has no HTTP status."""
     assert not issubclass(SettingsError, TrackerError)

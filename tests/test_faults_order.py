@@ -17,24 +17,19 @@ from shapes import Shape, ShapeType
 from state_store import RedisStateStore
 from state_token import StateToken
 from testbed.drawn_frames import SIZE_HW, jpeg_frames
-from testbed.functions import Function, micro_environment
+from testbed.functions import Function
 from tests.faults.machinery import prompts
 from track_state import decode_state
 from tracker import Frame, Tracker
 
 CLIP = jpeg_frames(12)
-STARTS = [Start(Shape(ShapeType(one["type"]), one["points"])) for one in prompts()]
+STARTS = [Start(Shape(ShapeType(prompt["type"]), prompt["points"])) for prompt in prompts()]
 
 
 @pytest.fixture(scope="module")
-def replica(
-    start_function: Callable[[dict[str, str]], Function],
-    tmp_path_factory: pytest.TempPathFactory,
-    client: redis.Redis,
-) -> Callable[..., Tracker]:
-    """Start replicas: one very small model, one Redis, each with a cold cache."""
-    started = start_function(micro_environment(tmp_path_factory.mktemp("weights")))
-    model = started.context.user_data.service.tracker._model
+def replica(embedded_function: Function, client: redis.Redis) -> Callable[..., Tracker]:
+    """Start replicas with a common model and Redis, each with an empty cache."""
+    model = embedded_function.context.user_data.service.tracker._model
 
     def start(retry_window_s: int = 100) -> Tracker:
         return Tracker(
@@ -54,40 +49,45 @@ def frame(index: int) -> Frame:
 
 
 @dataclass(frozen=True)
-class Held:
-    """A token that a caller has kept: which object it is, and the last frame it was found on."""
+class HeldToken:
+    """A caller's token.
 
-    which: int
+    Attributes:
+        obj: Number of the object.
+        index: Number of the frame that the object was tracked on last.
+        token: The token.
+    """
+
+    obj: int
     index: int
     token: StateToken
 
 
 @pytest.fixture(scope="module")
 def undisturbed(replica: Callable[..., Tracker]) -> list[list[Any]]:
-    """Where each object is on each frame, in order and without disturbance."""
+    """The shape of each object on each frame, in order and without faults."""
     tracker = replica()
-    found = tracker.run(frame(0), STARTS)
-    answers = [[one.shape for one in found]]
+    tracked = tracker.run(frame(0), STARTS)
+    answers = [[obj.shape for obj in tracked]]
     for index in range(1, len(CLIP)):
-        found = tracker.run(frame(index), [Continue(one.token) for one in found])
-        answers.append([one.shape for one in found])
+        tracked = tracker.run(frame(index), [Continue(obj.token) for obj in tracked])
+        answers.append([obj.shape for obj in tracked])
     return answers
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_requests_in_any_order_get_the_undisturbed_masks(
     replica: Callable[..., Tracker], client: redis.Redis, undisturbed: list[list[Any]], seed: int
 ) -> None:
-    """Any tokens held, of any tracks, repeated, twice in one request, on any replica.
+    """Any tokens of any tracks, repeated, twice in one request, on any replica.
 
-    Some tokens are too old by then, and some of their keys are evicted: what cannot be continued
-    is refused by its place in the request, and only if something of it is truly gone.
+    Some tokens are too old, and some of their keys are deleted. A request is refused only if a key
+    of the named token is missing.
     """
     rng = random.Random(seed)
     trackers = [replica(), replica()]
-    held = [
-        Held(which, 0, one.token) for which, one in enumerate(trackers[0].run(frame(0), STARTS))
-    ]
+    started = trackers[0].run(frame(0), STARTS)
+    held = [HeldToken(number, 0, obj.token) for number, obj in enumerate(started)]
     refused = 0
     for _ in range(40):
         if rng.random() < 0.1:
@@ -96,35 +96,33 @@ def test_requests_in_any_order_get_the_undisturbed_masks(
             keys: list[bytes] = client.keys(f"sam2:{{{rng.choice(held).token.track}}}:*")  # type: ignore[assignment]
             client.delete(*rng.sample(sorted(keys), min(len(keys), 2)))
         index = rng.choice(held).index
-        together = [one for one in held if one.index == index]
-        chosen = rng.choices(together, k=rng.randint(1, 5))
+        chosen = rng.choices([old for old in held if old.index == index], k=rng.randint(1, 5))
         tracker = rng.choice(trackers)
         try:
-            found = tracker.run(frame(index + 1), [Continue(one.token) for one in chosen])
+            tracked = tracker.run(frame(index + 1), [Continue(old.token) for old in chosen])
         except StateGoneError as err:
-            place = int(str(err).removeprefix("states[").partition("]")[0])
-            assert is_gone(client, tracker, chosen[place].token)
-            held = [one for one in held if one.token != chosen[place].token]
+            position = int(str(err).removeprefix("states[").partition("]")[0])
+            token = chosen[position].token
+            assert is_missing(client, tracker, token)
+            held = [old for old in held if old.token != token]
             refused += 1
             if not held:
-                held = [Held(0, 0, tracker.run(frame(0), STARTS[:1])[0].token)]
+                held = [HeldToken(0, 0, tracker.run(frame(0), STARTS[:1])[0].token)]
             continue
-        assert [one.shape for one in found] == [undisturbed[index + 1][one.which] for one in chosen]
-        assert len({one.token for one in found}) == len(found)
-        pairs = zip(chosen, found, strict=True)
-        kept = [old.token for old, new in pairs if new.token.track == old.token.track]
-        assert len(set(kept)) == len(kept)  # only one continuation may let a track's keys expire
+        assert [new.shape for new in tracked] == [undisturbed[index + 1][old.obj] for old in chosen]
+        assert len({new.token for new in tracked}) == len(tracked)
+        pairs = list(zip(chosen, tracked, strict=True))
+        same_track = [old.token for old, new in pairs if new.token.track == old.token.track]
+        # only one continuation may let a track's keys expire
+        assert len(set(same_track)) == len(same_track)
         if index + 2 < len(CLIP):
-            held += [
-                Held(old.which, index + 1, new.token)
-                for old, new in zip(chosen, found, strict=True)
-            ]
+            held += [HeldToken(old.obj, index + 1, new.token) for old, new in pairs]
     assert refused > 0
-    assert max(one.index for one in held) > 3
+    assert max(old.index for old in held) > 3
 
 
-def is_gone(client: redis.Redis, tracker: Tracker, token: StateToken) -> bool:
-    """Tell whether a step, or a frame memory it needs, is really not in the store."""
+def is_missing(client: redis.Redis, tracker: Tracker, token: StateToken) -> bool:
+    """Tell whether a step, or a frame memory that it needs, is missing in the store."""
     data = client.get(f"sam2:{{{token.track}}}:step:{token.step}")
     if data is None:
         return True
@@ -143,7 +141,7 @@ def is_gone(client: redis.Redis, tracker: Tracker, token: StateToken) -> bool:
 def test_old_token_works_within_the_retry_window_and_says_so_after_it(
     replica: Callable[..., Tracker], client: redis.Redis, undisturbed: list[list[Any]]
 ) -> None:
-    """A repeated request has its time; then the newest token goes on and the old one is gone."""
+    """A request can be repeated for some time; then only the newest token can be continued."""
     tracker = replica(retry_window_s=2)
     (old,) = tracker.run(frame(0), STARTS[:1])
     (new,) = tracker.run(frame(1), [Continue(old.token)])
@@ -155,7 +153,7 @@ def test_old_token_works_within_the_retry_window_and_says_so_after_it(
 
     with pytest.raises(StateGoneError, match=r"^states\[0\] expired or is unknown: start the trac"):
         tracker.run(frame(1), [Continue(old.token)])
-    for one in (new, again):
-        (found,) = replica().run(frame(2), [Continue(one.token)])
-        assert one.shape == undisturbed[1][0]
-        assert found.shape == undisturbed[2][0]
+    for second in (new, again):
+        (third,) = replica().run(frame(2), [Continue(second.token)])
+        assert second.shape == undisturbed[1][0]
+        assert third.shape == undisturbed[2][0]

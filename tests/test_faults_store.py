@@ -16,9 +16,9 @@ from redis.client import Pipeline
 
 from errors import StateStoreUnavailableError
 from settings import RedisSettings
-from state_store import RedisStateStore, StepWrite, connect
+from state_store import RedisStateStore, StepWrite, connect, translated_errors
 from state_token import StateToken
-from testbed.functions import ROOT, Function, micro_environment
+from testbed.functions import ROOT, Function
 from testbed.redis_server import RedisServer
 from tests.faults.machinery import FRAMES, prompts
 
@@ -26,50 +26,22 @@ SECURITY = ROOT / "docs" / "security.md"
 
 
 @pytest.fixture(scope="module")
-def micro(
-    start_function: Callable[[dict[str, str]], Function],
-    redis_server: RedisServer,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Function:
-    """The function in this process, with a very small model, on a real server."""
-    folder = tmp_path_factory.mktemp("weights")
-    return start_function(micro_environment(folder) | redis_server.environment)
-
-
-@pytest.fixture(scope="module")
-def tokens(micro: Function) -> list[str]:
-    """An object on the first frame."""
-    states: list[str] = micro.track(FRAMES[0], prompts()[:1], [])["states"]
+def tokens(micro_function: Function) -> list[str]:
+    """The tokens of an object on the first frame."""
+    states: list[str] = micro_function.track(FRAMES[0], prompts()[:1], [])["states"]
     return states
 
 
 @pytest.fixture(scope="module")
-def shapes(micro: Function, tokens: list[str]) -> list[Any]:
-    """Where it is on the second frame."""
-    found: list[Any] = micro.track(FRAMES[1], [None] * len(tokens), tokens)["shapes"]
-    return found
-
-
-def every_error() -> dict[str, Exception]:
-    """Return one of each error that redis-py has, and of what comes through from below it."""
-    classes = {redis.RedisError}
-    for known in list(vars(redis.exceptions).values()):
-        if inspect.isclass(known) and issubclass(known, redis.RedisError):
-            classes.add(known)
-    assert len(classes) > 25
-    errors: list[Exception] = [made("3999 hush:7000") for made in sorted(classes, key=str)]
-    errors += [
-        ConnectionResetError("hush"), BrokenPipeError("hush"), TimeoutError("hush"),
-        socket.gaierror(-2, "hush"), ssl.SSLError("hush"), OSError(24, "hush"),
-        ValueError("hush"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "hush"),
-        IndexError("hush"), RecursionError("hush"),
-    ]  # fmt: skip
-    return {type(error).__module__ + "." + type(error).__name__: error for error in errors}
+def shapes(micro_function: Function, tokens: list[str]) -> list[Any]:
+    """The object's shape on the second frame."""
+    tracked: list[Any] = micro_function.track(FRAMES[1], [None], tokens)["shapes"]
+    return tracked
 
 
 @contextmanager
 def failing(call: int, error: Exception) -> Iterator[None]:
-    """Let one of a request's round trips to the store fail."""
+    """Let one of a request's pipelines fail."""
     calls = []
     execute = Pipeline.execute
 
@@ -85,21 +57,54 @@ def failing(call: int, error: Exception) -> Iterator[None]:
     assert len(calls) >= call
 
 
+ERRORS = [
+    redis.ConnectionError("secret"),
+    redis.TimeoutError("secret"),
+    redis.AuthenticationError("secret"),
+    redis.ResponseError("secret"),
+    redis.InvalidResponse("secret"),
+]
+
+
 @pytest.mark.parametrize("call", [1, 2, 3], ids=["load", "claim", "save"])
-@pytest.mark.parametrize("error", every_error().values(), ids=every_error())
-def test_any_error_of_the_store_is_a_503_and_costs_nothing(
-    micro: Function, tokens: list[str], shapes: list[Any], error: Exception, call: int
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_error_of_the_store_is_a_503_and_the_tokens_stay_valid(
+    micro_function: Function, tokens: list[str], shapes: list[Any], error: Exception, call: int
 ) -> None:
-    """The kind is named, the server's words are not; the same tokens give the same masks."""
-    request = {"image": FRAMES[1], "shapes": [None] * len(tokens), "states": tokens}
+    """The message names the kind of error, without the server's words; a repetition succeeds."""
     with failing(call, error):
-        status, answer = micro.call(request)
+        status, answer = micro_function.call(
+            {"image": FRAMES[1], "shapes": [None], "states": tokens}
+        )
 
     assert status == 503
     assert answer["error"] == (
         f"the state store failed ({type(error).__name__}): nothing is lost, repeat the request"
     )
-    assert micro.track(FRAMES[1], [None] * len(tokens), tokens)["shapes"] == shapes
+    assert micro_function.track(FRAMES[1], [None], tokens)["shapes"] == shapes
+
+
+def test_every_error_of_the_client_is_translated() -> None:
+    """Errors of redis-py, of the layers below it, and of its parser for malformed answers."""
+    classes = [
+        kind
+        for kind in vars(redis.exceptions).values()
+        if inspect.isclass(kind) and issubclass(kind, redis.RedisError)
+    ]
+    errors: list[Exception] = [kind("3999 secret:7000") for kind in classes]
+    errors += [
+        ConnectionResetError("secret"), BrokenPipeError("secret"), TimeoutError("secret"),
+        socket.gaierror(-2, "secret"), ssl.SSLError("secret"), OSError(24, "secret"),
+        ValueError("secret"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "secret"),
+        IndexError("secret"), RecursionError("secret"),
+    ]  # fmt: skip
+
+    assert len(classes) > 25
+    for error in errors:
+        with pytest.raises(StateStoreUnavailableError) as raised, translated_errors():
+            raise error
+        assert f"failed ({type(error).__name__}): nothing is lost" in str(raised.value)
+        assert "secret" not in str(raised.value)
 
 
 WRITE = StepWrite(token=StateToken("t", "a"), state=b"s", memories={"a": b"m"})
@@ -110,18 +115,18 @@ CALLS: dict[str, Callable[[RedisStateStore], object]] = {
 
 
 @contextmanager
-def oracle(answer: Callable[[bytes], bytes]) -> Iterator[RedisStateStore]:
-    """Serve one client, answering each command by its name."""
+def scripted_server(answer: Callable[[bytes], bytes]) -> Iterator[RedisStateStore]:
+    """Serve one client with an answer for each command's name."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
             while True:
                 connection, _ = listener.accept()
                 with connection:
-                    while said := connection.recv(65536):
-                        if said == b"end":
+                    while data := connection.recv(65536):
+                        if data == b"end":
                             return
-                        names = re.findall(rb"\*\d+\r\n\$\d+\r\n([A-Z]+)\r\n", said)
+                        names = re.findall(rb"\*\d+\r\n\$\d+\r\n([A-Z]+)\r\n", data)
                         connection.sendall(b"".join(map(answer, names)))
 
         thread = threading.Thread(target=serve)
@@ -139,15 +144,15 @@ def oracle(answer: Callable[[bytes], bytes]) -> Iterator[RedisStateStore]:
 @pytest.mark.parametrize(
     "reply", [b"+OK\r\n", b":7\r\n", b"*0\r\n", b"$-1\r\n", b"*2\r\n+OK\r\n+OK\r\n"]
 )
-def test_server_that_answers_beside_the_point_is_unavailable(
+def test_answer_of_the_wrong_type_is_an_error(
     call: Callable[[RedisStateStore], object], reply: bytes
 ) -> None:
-    """A list is no value, and a step counts as written only when its transaction says so."""
+    """A list is no value, and a step counts as written only if EXEC has an answer per command."""
     fits = (call is CALLS["load"] and reply in {b"+OK\r\n", b"$-1\r\n"}) or (
         call is CALLS["save"] and reply == b"*2\r\n+OK\r\n+OK\r\n"
     )
     replies = {b"GET": reply, b"EXEC": reply, b"PING": b"+PONG\r\n"}
-    with oracle(lambda name: replies.get(name, b"+OK\r\n")) as store:
+    with scripted_server(lambda name: replies.get(name, b"+OK\r\n")) as store:
         if fits:
             call(store)
             return
@@ -155,18 +160,21 @@ def test_server_that_answers_beside_the_point_is_unavailable(
             call(store)
 
 
-def test_unknown_answer_of_a_cold_start_ends_it_at_once() -> None:
-    """What is not Redis does not become Redis by waiting."""
-    with oracle(lambda _: b"$zz\r\n") as store, pytest.raises(StateStoreUnavailableError) as failed:
+def test_malformed_answer_is_not_transient() -> None:
+    """A server that is not Redis ends the start-up at once."""
+    with (
+        scripted_server(lambda _: b"$zz\r\n") as store,
+        pytest.raises(StateStoreUnavailableError) as failed,
+    ):
         store.ping()
 
-    assert not failed.value.may_pass
+    assert not failed.value.transient
 
 
 def test_rights_that_the_documentation_names_are_enough(
-    start_function: Callable[[dict[str, str]], Function], tmp_path: Path
+    start_function: Callable[[dict[str, str]], Function], micro: dict[str, str], tmp_path: Path
 ) -> None:
-    """An ACL user with these commands on these keys tracks, in a store of its own number too."""
+    """An ACL user with only these commands on these keys can track."""
     rights = re.search(r"`(~sam2:\*)` and the commands ([A-Z, ]+) are enough", SECURITY.read_text())
     assert rights is not None
     server = RedisServer(tmp_path)
@@ -176,7 +184,7 @@ def test_rights_that_the_documentation_names_are_enough(
             "ACL", "SETUSER", "tracker", "on", ">hush", rights[1], "-@all", *commands
         )
     user = {"CVAT_FUNCTIONS_REDIS_USERNAME": "tracker", "CVAT_FUNCTIONS_REDIS_PASSWORD": "hush"}
-    function = start_function(micro_environment(tmp_path) | server.environment | user)
+    function = start_function(micro | server.environment | user)
     states = function.track(FRAMES[0], prompts(), [])["states"]
     for frame in FRAMES[1:8]:
         states = function.track(frame, [None] * len(states), states)["states"]

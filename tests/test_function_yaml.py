@@ -256,6 +256,7 @@ def test_cvat_reads_an_interactor_that_takes_a_box_or_points(path: Path) -> None
     assert {"left clicks", "right clicks", "box"} <= set(
         re.findall("left clicks|right clicks|box", annotations["help_message"])
     )
+    assert not re.search("extreme|-most", annotations["help_message"])  # off by default
     assert read(path)["spec"]["description"]
 
 

@@ -10,7 +10,7 @@ from settings import InteractorSettings, Limits, MaskForm, RedisSettings, Secret
 
 HOST = {"CVAT_FUNCTIONS_REDIS_HOST": "redis"}
 
-# variable, value, where it lands, what it becomes
+# variable, value, field that it sets, expected value
 RIGHT = [
     ("CVAT_FUNCTIONS_REDIS_HOST", "redis.local", "redis.host", "redis.local"),
     ("CVAT_FUNCTIONS_REDIS_PORT", "6666", "redis.port", 6666),
@@ -52,14 +52,14 @@ RIGHT = [
     ("SAM2_MAX_OBJECTS", "2", "limits.objects", 2),
     ("SAM2_MAX_POLYGON_POINTS", "10", "limits.polygon_points", 10),
     ("SAM2_MAX_MASK_RUNS", "10", "limits.mask_runs", 10),
-    ("SAM2_INTERACTOR_EXTREME_POINTS", "off", "interactor.extreme_points", False),
+    ("SAM2_INTERACTOR_EXTREME_POINTS", "on", "interactor.extreme_points", True),
     ("SAM2_INTERACTOR_HOLE_AREA", "0", "interactor.hole_area", 0),
     ("SAM2_INTERACTOR_ISLAND_AREA", "20", "interactor.island_area", 20),
     ("SAM2_INTERACTOR_MASK", "cropped", "interactor.mask", MaskForm.CROPPED),
     ("SAM2_INTERACTOR_MASK", "none", "interactor.mask", MaskForm.NONE),
 ]
 
-# variable, values that are refused, what the refusal says is allowed
+# variable, wrong values, part of the message that names the allowed values
 WRONG = [
     ("CVAT_FUNCTIONS_REDIS_PORT", ["0", "65536", "-1", "6379.0", "redis"], "from 1 to 65535"),
     ("CVAT_FUNCTIONS_REDIS_DB", ["-1", "x", "1.5"], "from 0 to"),
@@ -96,7 +96,7 @@ def lookup(settings: Settings, path: str) -> Any:
 
 
 def test_empty_environment_gives_the_defaults() -> None:
-    """Nothing has to be set; the store is then the embedded one."""
+    """No variable is required; the embedded store is the default."""
     settings = Settings.from_env({})
 
     assert settings == Settings()
@@ -104,6 +104,7 @@ def test_empty_environment_gives_the_defaults() -> None:
     assert settings.model_id == "facebook/sam2.1-hiera-tiny"
     assert settings.state_ttl_s == 8 * 3600
     assert settings.retry_window_s == 600
+    assert not settings.interactor.extreme_points
 
 
 def test_host_alone_reaches_a_plain_redis() -> None:
@@ -119,15 +120,15 @@ def test_two_ways_to_compute_exclude_each_other() -> None:
 
 @pytest.mark.parametrize(("variable", "value", "path", "expected"), RIGHT)
 def test_variable_sets_its_field(variable: str, value: str, path: str, expected: object) -> None:
-    """Each variable is cast and lands in one field; blanks around it do not count."""
-    found = lookup(Settings.from_env(HOST | {variable: f" {value} "}), path)
+    """Each variable is converted and sets one field; surrounding blanks are ignored."""
+    value_read = lookup(Settings.from_env(HOST | {variable: f" {value} "}), path)
 
-    assert found == expected
-    assert type(found) is type(expected)
+    assert value_read == expected
+    assert type(value_read) is type(expected)
 
 
 def test_config_and_checkpoint_are_read_together() -> None:
-    """Weights of one's own are a config and a checkpoint."""
+    """A user's own weights need a config and a checkpoint."""
     settings = Settings.from_env({"SAM2_CONFIG": "a.yaml", "SAM2_CHECKPOINT": "a.pt"})
 
     assert (settings.config, settings.checkpoint) == ("a.yaml", "a.pt")
@@ -137,7 +138,7 @@ def test_config_and_checkpoint_are_read_together() -> None:
     ("given", "missing"), [("SAM2_CONFIG", "SAM2_CHECKPOINT"), ("SAM2_CHECKPOINT", "SAM2_CONFIG")]
 )
 def test_config_without_checkpoint_is_refused(given: str, missing: str) -> None:
-    """One of the two alone would silently load another model."""
+    """Either of them alone would silently load another model."""
     with pytest.raises(SettingsError, match=rf"^{missing} is not set.*go together"):
         Settings.from_env({given: "a.yaml"})
 
@@ -147,7 +148,7 @@ def test_config_without_checkpoint_is_refused(given: str, missing: str) -> None:
     [(variable, value, allowed) for variable, values, allowed in WRONG for value in values],
 )
 def test_wrong_value_is_refused_by_name(variable: str, value: str, allowed: str) -> None:
-    """The refusal names the variable, the value and what is allowed."""
+    """The message names the variable, the value and the allowed values."""
     with pytest.raises(SettingsError) as refusal:
         Settings.from_env(HOST | {variable: value})
 
@@ -172,14 +173,14 @@ def test_tables_name_every_setting() -> None:
 
 @pytest.mark.parametrize("blank", ["", " ", "\t\n"])
 def test_empty_variable_counts_as_unset(blank: str) -> None:
-    """Compose files and charts pass empty strings for what is not set."""
+    """Compose files and charts pass empty strings for unset variables."""
     variables = {variable for variable, *_ in RIGHT} | {"SAM2_CONFIG", "SAM2_CHECKPOINT"}
 
     assert Settings.from_env(dict.fromkeys(variables, blank)) == Settings()
 
 
 def test_retry_window_ends_with_the_track() -> None:
-    """A superseded step never lives longer than the newest; a short life shortens the default."""
+    """A superseded step expires before the newest; a short state TTL shortens the default."""
     assert Settings.from_env({"SAM2_STATE_TTL": "60"}).retry_window_s == 60
     with pytest.raises(SettingsError, match=r"SAM2_RETRY_WINDOW='61' is not .* from 1 to 60$"):
         Settings.from_env({"SAM2_STATE_TTL": "60", "SAM2_RETRY_WINDOW": "61"})
@@ -196,6 +197,6 @@ def test_password_does_not_print() -> None:
 
 
 def test_settings_cannot_be_changed() -> None:
-    """What was read once stays."""
+    """They are read once."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings().device = "cpu"  # type: ignore[misc]

@@ -235,9 +235,9 @@ def test_polygon_holds_the_pixels_whose_centres_are_inside(ring: npt.NDArray[np.
             expected[row] ^= x >= x0 + (y[row] - y0) * ((x1 - x0) / (y1 - y0))
 
     if expected.any():
-        found = drawn("polygon", ring.ravel().tolist())
+        mask = drawn("polygon", ring.ravel().tolist())
         # A centre exactly on an edge may fall to either side by the last bit.
-        assert np.count_nonzero(found ^ expected) <= np.count_nonzero(ring % 1 == 0.5)
+        assert np.count_nonzero(mask ^ expected) <= np.count_nonzero(ring % 1 == 0.5)
     else:
         with pytest.raises(BadRequestError, match="covers no pixel"):
             drawn("polygon", ring.ravel().tolist())
@@ -247,7 +247,7 @@ def test_polygon_holds_the_pixels_whose_centres_are_inside(ring: npt.NDArray[np.
 @given(quarters=st.lists(st.integers(-240, 320), min_size=6, max_size=6))
 @CHECK
 def test_shape_over_the_border_is_cut_off(shape_type: str, quarters: list[int]) -> None:
-    """People drag past the edge: what is left is what a larger frame would show there."""
+    """Annotators drag past the edge: the mask equals that part of a larger frame's mask."""
     points = [value / 4 for value in quarters]
     if shape_type == "polygon":
         assume(abs(shoelace(np.reshape(points, (3, 2)))) > 1)
@@ -292,13 +292,17 @@ def test_rectangle_corners_may_come_in_any_order() -> None:
 @given(st.floats(70, 90), st.floats(50, 70), st.floats(4, 60), st.floats(4, 45))
 @CHECK
 def test_ellipse_comes_back(x: float, y: float, radius_x: float, radius_y: float) -> None:
-    """Centre and radii of a drawn ellipse are found again within about half a pixel."""
+    """Centre and radii of a drawn ellipse are recovered within 0.7 pixels.
+
+    Of a thin ellipse the longer radius is less exact, in proportion to the ratio of the radii.
+    """
     points = [x, y, x + radius_x, y - radius_y]
     mask = drawn("ellipse", points, (120, 160))
     shape = mask_to_shape(mask, ShapeType.ELLIPSE)
 
     assert shape is not None
-    assert shape.points == pytest.approx(points, abs=0.6)
+    ratio = max(radius_x / radius_y, radius_y / radius_x)
+    assert shape.points == pytest.approx(points, abs=max(0.7, 0.2 * ratio))
     assert np.count_nonzero(mask) == pytest.approx(math.pi * radius_x * radius_y, rel=0.1)
 
 
@@ -377,14 +381,14 @@ WRONG_FOR_ONE = [
 def test_points_that_are_no_numbers_are_refused(
     shape_type: ShapeType, points: list[Any], reason: str
 ) -> None:
-    """Whatever JSON may hold in place of numbers is refused, before numpy chokes on it."""
+    """Other JSON values in place of numbers are rejected before NumPy sees them."""
     with pytest.raises(BadRequestError, match=f"^{shape_type} {reason}"):
         drawn(shape_type, points)
 
 
 @pytest.mark.parametrize(("shape_type", "points", "reason"), WRONG_FOR_ONE)
 def test_malformed_shape_is_refused(shape_type: str, points: list[float], reason: str) -> None:
-    """The reason says what was expected and what was found."""
+    """The message has the expected and the actual value."""
     with pytest.raises(BadRequestError, match=reason):
         drawn(shape_type, points)
 
@@ -397,12 +401,12 @@ def test_polygon_that_would_fill_the_memory_is_refused() -> None:
         drawn(ShapeType.POLYGON, zigzag, (16_384, 4))
 
 
-@pytest.mark.parametrize("intruder", ["a" * 10_000, True, None, [1]])
-def test_intruder_among_many_numbers_is_refused_by_its_type(intruder: object) -> None:
-    """Before NumPy makes room for it two hundred thousand times."""
+@pytest.mark.parametrize("value", ["a" * 10_000, True, None, [1]])
+def test_other_value_among_many_numbers_is_rejected_by_its_type(value: object) -> None:
+    """NumPy would reserve its size for each of two hundred thousand numbers."""
     tracemalloc.start()
     with pytest.raises(BadRequestError, match="flat list of numbers"):
-        drawn(ShapeType.MASK, [*[1] * 200_000, intruder])
+        drawn(ShapeType.MASK, [*[1] * 200_000, value])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 

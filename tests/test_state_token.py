@@ -8,8 +8,8 @@ from state_token import StateToken, new_id
 ID = "abcdefghijklmnop-_0123"
 
 
-def test_token_comes_back_as_it_went() -> None:
-    """What CVAT carries is the text; parsing it gives the same token."""
+def test_text_of_a_token_is_parsed_to_the_same_token() -> None:
+    """CVAT carries the text."""
     token = StateToken(new_id(), new_id())
 
     assert StateToken.parse(str(token)) == token
@@ -17,7 +17,7 @@ def test_token_comes_back_as_it_went() -> None:
 
 
 def test_ids_are_unguessable_and_safe_in_urls() -> None:
-    """128 bits in 22 characters, none alike."""
+    """128 bits in 22 characters, all different."""
     ids = {new_id() for _ in range(1000)}
 
     assert len(ids) == 1000
@@ -55,14 +55,16 @@ def test_ids_are_unguessable_and_safe_in_urls() -> None:
         pytest.param(f"{ID}." + "a" * 10_000_000, id="endless"),
     ],
 )
-def test_anything_else_is_no_token(text: object) -> None:
-    """A text that is not ours never becomes part of a Redis key."""
-    with pytest.raises(BadRequestError, match="no state token of this function; start the track"):
+def test_other_values_are_no_tokens(text: object) -> None:
+    """Only the characters of ids can become part of a Redis key."""
+    with pytest.raises(
+        BadRequestError, match="not a state token of this function; start the track again"
+    ):
         StateToken.parse(text)
 
 
-def test_refusal_does_not_repeat_what_was_sent() -> None:
-    """A stranger's text does not reach the log."""
+def test_message_does_not_repeat_what_was_sent() -> None:
+    """Text of a caller does not reach the log."""
     with pytest.raises(BadRequestError) as refusal:
         StateToken.parse("<script>")
 

@@ -1,1 +1,1 @@
-"""Faults, hostile input and load: what tests and `soak` disturb the function with."""
+"""Faults, hostile input and load for the functions: shared by the tests and `soak`."""

@@ -1,6 +1,6 @@
-"""Real processes to disturb, ways to disturb them, and a caller who repeats what failed.
+"""A deployment of real processes, faults to inject, and a caller that follows a clip.
 
-Tests try a few of each; `soak.py` tries many and prints what came of it.
+Tests inject a few faults of each kind; `soak.py` injects many and prints the results.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def prompts() -> list[dict[str, Any]]:
 
 
 class Proxy:
-    """A TCP proxy before a server that cuts its connections after so many bytes.
+    """A TCP proxy in front of a server that can cut connections after a number of bytes.
 
     Attributes:
-        port: Where it listens.
+        port: Port that it listens on.
         passed: Bytes that went `up` to the server and `down` to the clients.
-        babble: Sent in answer to whatever a client says, instead of asking the server.
+        garbage: Sent in answer to any data of a client, instead of asking the server.
     """
 
     def __init__(self, port: int) -> None:
@@ -59,7 +59,7 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.passed = {"up": 0, "down": 0}
-        self.babble: bytes | None = None
+        self.garbage: bytes | None = None
         self._left: dict[str, int] = {}
         self._for_good = False
         self._lock = threading.Lock()
@@ -67,19 +67,19 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut_after(self, way: Literal["up", "down"], count: int, *, for_good: bool = False) -> None:
-        """Let so many more bytes pass and cut all connections; new ones too, if for good."""
+        """Cut all connections after `count` more bytes; new connections too, if for good."""
         with self._lock:
             self._left, self._for_good = {way: count}, for_good
 
     def mend(self) -> None:
-        """Let everything pass from now on, on new connections."""
+        """Let everything pass again, on new connections."""
         with self._lock:
-            self._left, self._for_good, self.babble = {}, False, None
+            self._left, self._for_good, self.garbage = {}, False, None
             self._cut()
 
     def close(self) -> None:
-        """End."""
-        # A thread that waits in accept keeps the port open until the next client.
+        """Stop listening and cut all connections."""
+        # A thread that waits in accept holds the port open until the next client.
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         with self._lock:
@@ -109,8 +109,8 @@ class Proxy:
         with suppress(OSError):
             while data := source.recv(65536):
                 with self._lock:
-                    if way == "up" and self.babble is not None:
-                        source.sendall(self.babble)
+                    if way == "up" and self.garbage is not None:
+                        source.sendall(self.garbage)
                         continue
                     left = self._left.get(way, len(data))
                     sink.sendall(data[:left])
@@ -132,13 +132,13 @@ class Proxy:
 
 @dataclass
 class Caller:
-    """Follows objects through the clip and holds what was answered, as CVAT's page does.
+    """Follows objects through a clip and stores the answers, as CVAT's page does.
 
     Attributes:
         states: The newest tokens.
-        answers: The shapes of each frame answered, the first frame's left out.
-        seconds: How long each answer took.
-        frames: How many frames there are to follow.
+        answers: The shapes of each answered frame after the first.
+        seconds: Duration of each answered request.
+        frames: Number of frames to follow.
     """
 
     states: list[str] = field(default_factory=list)
@@ -160,20 +160,20 @@ class Caller:
         return FRAMES[len(self.answers) + 1], [None] * len(self.states), self.states
 
     def ask(self, replica: Replica) -> Reply:
-        """Ask for the next frame; keep the answer if it is one."""
+        """Ask for the next frame; store the answer if the request succeeded."""
         reply = replica.post(*self.request())
         self.take(reply)
         return reply
 
     def take(self, reply: Reply) -> None:
-        """Keep an answer."""
+        """Store an answer."""
         if reply.status == 200:
             self.answers.append(reply.body["shapes"])
             self.seconds.append(reply.seconds)
             self.states = reply.body["states"]
 
     def follow(self, replicas: Sequence[Replica], *, until: int | None = None) -> Reply | None:
-        """Go on, on one replica after the other; return the first refusal, if there is one."""
+        """Continue on alternating replicas; return the first refusal, or None."""
         while len(self.answers) < (self.frames - 1 if until is None else until):
             reply = self.ask(replicas[len(self.answers) % len(replicas)])
             if reply.status != 200:
@@ -181,11 +181,11 @@ class Caller:
         return None
 
 
-class Stage:
-    """Two replicas behind a proxy before one Redis server, all of which may be disturbed.
+class Deployment:
+    """Two replicas that reach one Redis server through a proxy.
 
     Args:
-        folder: For files of all kinds.
+        folder: For logs, weights and Redis's files.
         environment: Further variables of the replicas.
     """
 
@@ -193,7 +193,7 @@ class Stage:
         self.folder = folder
         self.redis = RedisServer(folder)
         self.redis.stop()
-        self.start_redis(keeps=True)
+        self.start_redis(persistent=True)
         self.proxy = Proxy(self.redis.port)
         self.log = folder / "replicas.log"
         self._environment = (
@@ -208,23 +208,33 @@ class Stage:
         )
         self.replicas = [self.start_replica(), self.start_replica()]
 
-    def start_redis(self, *, keeps: bool) -> None:
-        """Start Redis, which keeps every write on disk, or nothing."""
-        self.redis.start("--appendonly", "yes" if keeps else "no", "--appendfsync", "always")
+    def start_redis(self, *, persistent: bool) -> None:
+        """Start Redis, which writes every command to disk, or nothing."""
+        self.redis.start("--appendonly", "yes" if persistent else "no", "--appendfsync", "always")
 
     def start_replica(self, **environment: str) -> Replica:
-        """Start a process; it takes its time."""
+        """Start a replica and return before it serves."""
         replica = Replica if "PYTHONPATH" in environment else ForkedReplica
         return replica(self._environment | environment, log=self.log)
 
-    def replace(self, place: int, **environment: str) -> None:
-        """End one replica by SIGKILL and start another in its place."""
-        self.replicas[place].kill()
-        self.replicas[place] = self.start_replica(**environment)
-        self.replicas[place].wait()
+    @contextmanager
+    def third_replica(self, **environment: str) -> Iterator[Replica]:
+        """Start a further replica with other variables, and kill it afterwards."""
+        replica = self.start_replica(**environment)
+        try:
+            replica.wait()
+            yield replica
+        finally:
+            replica.kill()
+
+    def replace(self, index: int) -> None:
+        """Kill one replica and start another."""
+        self.replicas[index].kill()
+        self.replicas[index] = self.start_replica()
+        self.replicas[index].wait()
 
     def close(self) -> None:
-        """End everything."""
+        """Stop all processes."""
         for replica in self.replicas:
             replica.kill()
         self.proxy.close()
@@ -233,141 +243,137 @@ class Stage:
 
 
 @contextmanager
-def stage_in(folder: Path, environment: dict[str, str] | None = None) -> Iterator[Stage]:
-    """Set a stage, and clear it."""
-    stage = Stage(folder, environment)
+def deploy_in(folder: Path, environment: dict[str, str] | None = None) -> Iterator[Deployment]:
+    """Start a deployment, and stop it afterwards."""
+    deployment = Deployment(folder, environment)
     try:
-        for replica in stage.replicas:
+        for replica in deployment.replicas:
             replica.wait()
-        yield stage
+        yield deployment
     finally:
-        stage.close()
+        deployment.close()
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One way to disturb, and what has to come of it.
+    """One fault and its expected outcome.
 
     Attributes:
-        name: What happens.
-        happen: Lets it happen during the caller's next request, puts things right again as far as
-            an administrator can, and returns what the caller got.
-        status: Of that reply.
-        message: What the reply says, as a regular expression.
-        gone: Whether the tracks are truly lost: the caller is told to start them again.
+        name: What fails.
+        inject: Causes the fault during the caller's next request, repairs what an administrator
+            can repair, and returns the reply to the request.
+        status: Expected status of the reply.
+        message: Expected message of the reply, as a regular expression.
+        loses_tracks: Whether the tracks are lost, so that the caller is told to start them again.
     """
 
     name: str
-    happen: Callable[[Stage, Caller], Reply]
+    inject: Callable[[Deployment, Caller], Reply]
     status: int
     message: str = ""
-    gone: bool = False
+    loses_tracks: bool = False
 
 
-def killed_in_flight(stage: Stage, caller: Caller) -> Reply:
-    """Kill the replica while it computes: its states were read, nothing was answered."""
-    replica, before = stage.replicas[0], stage.proxy.passed["down"]
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(replica.post, *caller.request())
-        while stage.proxy.passed["down"] == before and not asked.done():
+def killed_in_flight(deployment: Deployment, caller: Caller) -> Reply:
+    """Kill a replica while it computes: it has read the states and answered nothing."""
+    with deployment.third_replica() as replica, ThreadPoolExecutor(1) as pool:
+        before = deployment.proxy.passed["down"]
+        pending = pool.submit(replica.post, *caller.request())
+        while deployment.proxy.passed["down"] == before and not pending.done():
             time.sleep(0.001)
         replica.process.kill()
-        reply = asked.result()
-    stage.replace(0)
-    return reply
+        return pending.result()
 
 
-def redis_restarted(stage: Stage, caller: Caller, *, keeps: bool) -> Reply:
+def redis_restarted(deployment: Deployment, caller: Caller, *, persistent: bool) -> Reply:
     """Kill the server, ask, and start it again."""
-    stage.redis.stop()
-    reply = caller.ask(stage.replicas[0])
-    stage.start_redis(keeps=keeps)
+    deployment.redis.stop()
+    reply = caller.ask(deployment.replicas[0])
+    deployment.start_redis(persistent=persistent)
     return reply
 
 
-def redis_paused(stage: Stage, caller: Caller) -> Reply:
-    """Stop the server for longer than a replica waits; it then does what piled up, late."""
-    stage.redis.process.send_signal(signal.SIGSTOP)
-    reply = caller.ask(stage.replicas[0])
-    stage.redis.process.send_signal(signal.SIGCONT)
+def redis_paused(deployment: Deployment, caller: Caller) -> Reply:
+    """Stop the server for longer than a replica waits; it runs the queued commands later."""
+    deployment.redis.process.send_signal(signal.SIGSTOP)
+    reply = caller.ask(deployment.replicas[0])
+    deployment.redis.process.send_signal(signal.SIGCONT)
     return reply
 
 
-def redis_paused_for_a_moment(stage: Stage, caller: Caller) -> Reply:
-    """Stop the server past one time-out, so that the replica's own retry finds it back."""
-    stage.redis.process.send_signal(signal.SIGSTOP)
-    awake = threading.Timer(0.5, stage.redis.process.send_signal, [signal.SIGCONT])
-    awake.start()
-    reply = caller.ask(stage.replicas[0])
-    awake.join()
+def redis_paused_briefly(deployment: Deployment, caller: Caller) -> Reply:
+    """Stop the server for longer than one time-out, so that a retry of the replica succeeds."""
+    deployment.redis.process.send_signal(signal.SIGSTOP)
+    resume = threading.Timer(0.5, deployment.redis.process.send_signal, [signal.SIGCONT])
+    resume.start()
+    reply = caller.ask(deployment.replicas[0])
+    resume.join()
     return reply
 
 
 def connection_cut(
-    stage: Stage, caller: Caller, *, way: Literal["up", "down"], share: float
+    deployment: Deployment, caller: Caller, *, way: Literal["up", "down"], share: float
 ) -> Reply:
-    """Cut all connections once, at a share of what one request sends (up) or reads (down)."""
-    before = stage.proxy.passed[way]
-    caller.follow(stage.replicas[:1], until=len(caller.answers) + 1)
-    usual = stage.proxy.passed[way] - before
-    stage.proxy.cut_after(way, int(share * usual))
-    reply = caller.ask(stage.replicas[0])
-    stage.proxy.mend()
+    """Cut all connections once, at a share of the bytes that one request sends or reads."""
+    before = deployment.proxy.passed[way]
+    caller.follow(deployment.replicas[:1], until=len(caller.answers) + 1)
+    usual = deployment.proxy.passed[way] - before
+    deployment.proxy.cut_after(way, int(share * usual))
+    reply = caller.ask(deployment.replicas[0])
+    deployment.proxy.mend()
     return reply
 
 
-def connection_gone(stage: Stage, caller: Caller) -> Reply:
-    """Cut in the middle of the pipeline that writes the steps, and let no connection through."""
-    before = stage.proxy.passed["up"]
-    caller.follow(stage.replicas[:1], until=len(caller.answers) + 1)
-    stage.proxy.cut_after("up", (stage.proxy.passed["up"] - before) // 2, for_good=True)
-    reply = caller.ask(stage.replicas[0])
-    stage.proxy.mend()
+def connection_lost(deployment: Deployment, caller: Caller) -> Reply:
+    """Cut in the middle of the pipeline that writes the steps, and refuse further connections."""
+    before = deployment.proxy.passed["up"]
+    caller.follow(deployment.replicas[:1], until=len(caller.answers) + 1)
+    deployment.proxy.cut_after("up", (deployment.proxy.passed["up"] - before) // 2, for_good=True)
+    reply = caller.ask(deployment.replicas[0])
+    deployment.proxy.mend()
     return reply
 
 
-def redis_full(stage: Stage, caller: Caller) -> Reply:
-    """Fill the server bit by bit, so that it refuses now the first write and now a later one."""
+def redis_full(deployment: Deployment, caller: Caller) -> Reply:
+    """Fill the server in steps, so that it refuses the first or a later write of a request."""
     replies = []
-    with stage.redis.client() as client:
+    with deployment.redis.client() as client:
         for room in (1 << 20, 30_000, 20_000, 10_000, 5_000, 0):
             used = int(client.info("memory")["used_memory"])
             client.config_set("maxmemory", str(used + room))
-            replies.append(caller.ask(stage.replicas[0]))
+            replies.append(caller.ask(deployment.replicas[0]))
         client.config_set("maxmemory", "0")
     assert {reply.status for reply in replies} <= {200, 503}
     return replies[-1]
 
 
-def redis_refuses(stage: Stage, caller: Caller) -> Reply:
-    """Let the server take no writes, as one does that lost its copies or its disk."""
-    with stage.redis.client() as client:
+def redis_read_only(deployment: Deployment, caller: Caller) -> Reply:
+    """Let the server refuse writes, as a server does that lost its replicas or its disk."""
+    with deployment.redis.client() as client:
         client.config_set("min-replicas-to-write", "1")
-        reply = caller.ask(stage.replicas[0])
+        reply = caller.ask(deployment.replicas[0])
         client.config_set("min-replicas-to-write", "0")
     return reply
 
 
-def babbling(stage: Stage, caller: Caller, *, words: bytes) -> Reply:
-    """Let something else answer in the place of Redis."""
-    stage.proxy.mend()
-    stage.proxy.babble = words
-    reply = caller.ask(stage.replicas[0])
-    stage.proxy.mend()
+def garbage_answered(deployment: Deployment, caller: Caller, *, data: bytes) -> Reply:
+    """Answer with other data instead of Redis."""
+    deployment.proxy.mend()
+    deployment.proxy.garbage = data
+    reply = caller.ask(deployment.replicas[0])
+    deployment.proxy.mend()
     return reply
 
 
-def other_model(stage: Stage, caller: Caller) -> Reply:
-    """Restart one replica with other weights, ask it, and bring the old ones back."""
-    stage.replace(0, **micro_environment(stage.folder, seed=1))
-    reply = caller.ask(stage.replicas[0])
-    stage.replace(0)
-    return reply
+def other_model(deployment: Deployment, caller: Caller) -> Reply:
+    """Ask a replica with other weights."""
+    with deployment.third_replica(**micro_environment(deployment.folder, seed=1)) as replica:
+        return caller.ask(replica)
 
 
-def wrong_clock(stage: Stage, caller: Caller, *, shift_s: int) -> Reply:
-    """Let one replica live in another year, to the end of the clip."""
-    folder = stage.folder / f"clock{shift_s}"
+def wrong_clock(deployment: Deployment, caller: Caller, *, shift_s: int) -> Reply:
+    """Ask a replica with a wrong clock, by turns with another replica until the clip ends."""
+    folder = deployment.folder / f"clock{shift_s}"
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(
         "import time\n"
@@ -375,15 +381,14 @@ def wrong_clock(stage: Stage, caller: Caller, *, shift_s: int) -> Reply:
         f"time.time = lambda: now() + {shift_s}\n"
         f"time.time_ns = lambda: now_ns() + {shift_s} * 10**9\n"
     )
-    stage.replace(0, PYTHONPATH=str(folder))
-    reply = caller.ask(stage.replicas[0])
-    assert caller.follow(stage.replicas) is None
-    stage.replace(0)
+    with deployment.third_replica(PYTHONPATH=str(folder)) as replica:
+        reply = caller.ask(replica)
+        assert caller.follow([replica, deployment.replicas[1]]) is None
     return reply
 
 
 YEAR_S = 365 * 86400
-BABBLE = {
+GARBAGE = {
     "not Redis": b"HTTP/1.1 400 Bad Request\r\n\r\n",
     "binary": bytes(range(256)) * 4,
     "lengths that are none": b"$zz\r\n*-7\r\n:x\r\n",
@@ -403,25 +408,25 @@ BABBLE = {
 WAYS: dict[Literal["up", "down"], str] = {"up": "sends", "down": "reads"}
 FAULTS = [
     Fault("a replica is killed while it computes", killed_in_flight, 0, "RemoteProtocol|ReadError"),
-    Fault("Redis is killed and keeps its data", partial(redis_restarted, keeps=True), 503,
+    Fault("Redis is killed and keeps its data", partial(redis_restarted, persistent=True), 503,
           r"\(ConnectionError\): nothing is lost"),
-    Fault("Redis is killed and loses its data", partial(redis_restarted, keeps=False), 503,
-          r"\(ConnectionError\): nothing is lost", gone=True),
+    Fault("Redis is killed and loses its data", partial(redis_restarted, persistent=False), 503,
+          r"\(ConnectionError\): nothing is lost", loses_tracks=True),
     Fault("Redis stands still past the time-out", redis_paused, 503, r"\(TimeoutError\): nothing"),
-    Fault("Redis stands still for one time-out", redis_paused_for_a_moment, 200),
+    Fault("Redis stands still for one time-out", redis_paused_briefly, 200),
     *[
         Fault(f"the connection is cut {share:.0%} into what a request {verb}",
               partial(connection_cut, way=way, share=share), 200)
         for way, verb in WAYS.items() for share in (0.05, 0.5, 0.95)
     ],
-    Fault("the connection is cut for good in the middle of a write", connection_gone, 503,
+    Fault("the connection is cut for good in the middle of a write", connection_lost, 503,
           r"\(ConnectionError\): nothing is lost"),
     Fault("Redis is full (maxmemory)", redis_full, 503, r"\(OutOfMemoryError\): nothing is lost"),
-    Fault("Redis takes no writes", redis_refuses, 503, r"\(\w+Error\): nothing is lost"),
+    Fault("Redis takes no writes", redis_read_only, 503, r"\(\w+Error\): nothing is lost"),
     *[
-        Fault(f"something else answers for Redis: {name}", partial(babbling, words=words), 503,
-              r"\(\w+\): nothing is lost")
-        for name, words in BABBLE.items()
+        Fault(f"something else answers for Redis: {name}", partial(garbage_answered, data=data),
+              503, r"\(\w+\): nothing is lost")
+        for name, data in GARBAGE.items()
     ],
     Fault("a replica comes back with another model", other_model, 409,
           r"^states\[0\]: state belongs to model \w+, this function runs \w+: start"),
@@ -433,36 +438,44 @@ FAULTS = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one fault."""
+    """The result of one fault."""
 
     fault: Fault
     reply: Reply
     end: Literal["same masks", "start again"]
 
 
-def try_fault(fault: Fault, stage: Stage, undisturbed: list[list[Any]], *, at: int = 5) -> Outcome:
-    """Follow the clip, disturb it, go on, and hold the answers to those of an undisturbed run.
+def try_fault(
+    fault: Fault, deployment: Deployment, undisturbed: list[list[Any]], *, at: int = 5
+) -> Outcome:
+    """Follow the clip, inject a fault after `at` answers, continue, and compare the answers.
+
+    Args:
+        fault: The fault.
+        deployment: Where to inject it.
+        undisturbed: The answers without a fault.
+        at: Number of answers before the fault.
 
     Raises:
-        AssertionError: The caller got something else than the fault says, or other masks.
+        AssertionError: The reply or a later answer is not the expected one.
     """
     caller = Caller(frames=len(undisturbed) + 1)
-    caller.start(stage.replicas[0])
-    assert caller.follow(stage.replicas, until=at) is None
-    reply = fault.happen(stage, caller)
+    caller.start(deployment.replicas[0])
+    assert caller.follow(deployment.replicas, until=at) is None
+    reply = fault.inject(deployment, caller)
     assert reply.status == fault.status, (fault.name, reply)
     assert re.search(fault.message, reply.message), (fault.name, reply)
-    refusal = caller.follow(stage.replicas)
+    refusal = caller.follow(deployment.replicas)
     assert caller.answers == undisturbed[: len(caller.answers)], fault.name
-    if not fault.gone:
+    if not fault.loses_tracks:
         assert refusal is None, (fault.name, refusal)
         return Outcome(fault, reply, "same masks")
     assert refusal is not None, fault.name
     assert refusal.status == 410, (fault.name, refusal)
     assert re.search(r"^states\[0\] .*: start the track again$", refusal.message), refusal
     again = Caller(frames=caller.frames)
-    again.start(stage.replicas[1])
-    assert again.follow(stage.replicas) is None
+    again.start(deployment.replicas[1])
+    assert again.follow(deployment.replicas) is None
     assert again.answers == undisturbed
     return Outcome(fault, reply, "start again")
 
@@ -473,12 +486,12 @@ EVICTING = 300_000  # bytes: room for about one clip
 
 @dataclass(frozen=True)
 class Eviction:
-    """What came of following clips on a Redis that is too small for them.
+    """The result of following clips on a Redis server that is too small for them.
 
     Attributes:
-        keys: How many keys it evicted.
-        answered: How many requests were answered meanwhile.
-        refused: How many were told to start the track again.
+        keys: Number of evicted keys.
+        answered: Number of answered requests.
+        refused: Number of requests that were told to start the track again.
     """
 
     keys: int
@@ -486,20 +499,20 @@ class Eviction:
     refused: int
 
 
-def evict(stage: Stage, undisturbed: list[list[Any]], policy: str) -> Eviction:
-    """Follow three clips by turns while Redis evicts keys of its own choice, and then to the end.
+def evict(deployment: Deployment, undisturbed: list[list[Any]], policy: str) -> Eviction:
+    """Follow three clips by turns while Redis evicts keys, and then to the end without evictions.
 
     Raises:
-        AssertionError: Somebody got other masks, or another refusal than to start again.
+        AssertionError: A caller got other masks, or another refusal than to start again.
     """
 
     def begin() -> Caller:
         caller = Caller(frames=len(undisturbed) + 1)
-        caller.start(stage.replicas[0])
+        caller.start(deployment.replicas[0])
         return caller
 
     answered = refused = 0
-    with stage.redis.client() as client:
+    with deployment.redis.client() as client:
         for key in client.scan_iter("sam2:*"):
             client.delete(key)
         before = int(client.info("stats")["evicted_keys"])
@@ -508,8 +521,8 @@ def evict(stage: Stage, undisturbed: list[list[Any]], policy: str) -> Eviction:
         client.config_set("maxmemory", str(room))
         callers = [begin() for _ in range(3)]
         for turn in range(len(undisturbed)):
-            for place, caller in enumerate(callers):
-                reply = caller.ask(stage.replicas[(turn + place) % 2])
+            for index, caller in enumerate(callers):
+                reply = caller.ask(deployment.replicas[(turn + index) % 2])
                 assert caller.answers == undisturbed[: len(caller.answers)], policy
                 if reply.status == 200:
                     answered += 1
@@ -517,27 +530,27 @@ def evict(stage: Stage, undisturbed: list[list[Any]], policy: str) -> Eviction:
                 assert reply.status == 410, reply
                 assert re.search(r"^states\[\d\] .*: start the track again$", reply.message), reply
                 refused += 1
-                callers[place] = begin()
+                callers[index] = begin()
         evicted = int(client.info("stats")["evicted_keys"]) - before
         client.config_set("maxmemory", "0")
         client.config_set("maxmemory-policy", "noeviction")
     for caller in callers:
-        refusal = caller.follow(stage.replicas)
+        refusal = caller.follow(deployment.replicas)
         assert refusal is None or refusal.status == 410, refusal
         assert caller.answers == undisturbed[: len(caller.answers)], policy
         assert caller.done or refusal is not None
     again = begin()
-    assert again.follow(stage.replicas) is None
+    assert again.follow(deployment.replicas) is None
     assert again.answers == undisturbed
     return Eviction(evicted, answered, refused)
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One SIGKILL and where it hit.
+    """One SIGKILL of a replica.
 
     Attributes:
-        moment_s: After the request was sent.
+        moment_s: Seconds after the request was sent.
         hit: `before the write`, `before the answer` (the step was written), `after the answer`.
     """
 
@@ -545,34 +558,36 @@ class Kill:
     hit: str
 
 
-def kill_at_random(stage: Stage, caller: Caller, kills: int, *, seed: int) -> list[Kill]:
+def kill_at_random(deployment: Deployment, caller: Caller, kills: int, *, seed: int) -> list[Kill]:
     """Follow the clip to its end while replicas are killed at random moments of its requests.
 
-    The kills are spread over the clip; a frame that is hit is asked for again, as often as it
-    takes. Whatever is refused in between fails the run.
+    The kills are spread over the clip; a request that got no answer is repeated.
+
+    Raises:
+        AssertionError: A request was refused.
     """
     rng = random.Random(seed)
     done: list[Kill] = []
     while not caller.done:
         due = (len(caller.answers) + 1) * kills / (caller.frames - 1)
         if len(done) >= due:
-            rng.shuffle(stage.replicas)
-            refusal = caller.follow(stage.replicas, until=len(caller.answers) + 1)
+            rng.shuffle(deployment.replicas)
+            refusal = caller.follow(deployment.replicas, until=len(caller.answers) + 1)
             assert refusal is None, refusal
             continue
-        place = rng.randrange(2)
-        replica, token = stage.replicas[place], StateToken.parse(caller.states[0])
+        index = rng.randrange(2)
+        replica, token = deployment.replicas[index], StateToken.parse(caller.states[0])
         moment_s = rng.uniform(0, 1.1 * median(caller.seconds or [0.1]))
         with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(replica.post, *caller.request())
+            pending = pool.submit(replica.post, *caller.request())
             time.sleep(moment_s)
             replica.process.kill()
-            reply = asked.result()
+            reply = pending.result()
         assert reply.status in {0, 200}, reply
-        with stage.redis.client() as client:
+        with deployment.redis.client() as client:
             written = client.exists(f"sam2:{{{token.track}}}:next:{token.step}")
         hit = "after the answer" if reply.status else "before the answer"
         done.append(Kill(moment_s, hit if written else "before the write"))
         caller.take(reply)
-        stage.replace(place)
+        deployment.replace(index)
     return done

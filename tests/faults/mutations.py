@@ -1,4 +1,4 @@
-"""Valid requests, seeded ways to spoil them, and a judge of what the function makes of them."""
+"""Valid requests, seeded mutations of them, and a checker of the answers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PICTURES = [
 
 
 def shapes() -> list[Any]:
-    """Return one shape of each kind that callers send."""
+    """Return one shape of each type that callers send."""
     mask = shape_to_mask(Shape(ShapeType.RECTANGLE, BOX), SIZE[::-1])
     return [
         {"type": "mask", "points": encode_cvat_rle(mask)},
@@ -56,36 +56,36 @@ def shapes() -> list[Any]:
 
 
 @dataclass
-class Judge:
-    """Sends requests to a function and holds every answer to what callers were promised.
+class Checker:
+    """Sends requests to a function and checks every answer.
 
     Attributes:
-        function: Answers.
-        strangers: Tokens of somebody else's tracks, which must never show up.
-        seen: How often each status came.
+        function: The function.
+        foreign_tokens: Tokens of other tracks, which no answer may contain.
+        seen: Number of answers by status.
     """
 
     function: Function
-    strangers: set[str] = field(default_factory=set)
+    foreign_tokens: set[str] = field(default_factory=set)
     seen: Counter[int] = field(default_factory=Counter)
 
     def send(self, body: bytes) -> int:
-        """Send a body as both Nuclio and the local server hand it on; return the status.
+        """Send a body, decoded as by Nuclio and the local server; return the status.
 
         Raises:
-            AssertionError: The answer is none that a caller may get.
+            AssertionError: The answer is malformed, or has a status that no caller may get.
         """
         decoded: Any = body
         with suppress(ValueError, RecursionError):
             decoded = json.loads(body)
-        with warnings.catch_warnings():  # which Pillow has many of; only tests make them errors
+        with warnings.catch_warnings():  # of Pillow, which pytest makes errors
             warnings.simplefilter("ignore")
             status, answer = self.function.call(decoded)
         self.seen[status] += 1
         text = json.dumps(answer)
-        assert not any(token in text for token in self.strangers), text[:300]
+        assert not any(token in text for token in self.foreign_tokens), text[:300]
         if status == 200:
-            self._approve(decoded, answer)
+            self._check(decoded, answer)
         else:
             assert status in REFUSALS, (status, body[:300])
             assert list(answer) == ["error"]
@@ -93,7 +93,7 @@ class Judge:
             assert "Traceback" not in text
         return status
 
-    def _approve(self, sent: dict[str, Any], answer: dict[str, Any]) -> None:
+    def _check(self, sent: dict[str, Any], answer: dict[str, Any]) -> None:
         count = max(len(sent.get("shapes") or ()), len(sent.get("states") or ()))
         assert len(answer["shapes"]) == len(answer["states"]) == count
         assert len(set(answer["states"])) == count
@@ -103,12 +103,12 @@ class Judge:
             assert points is None or all(type(number) in {int, float} for number in points)
 
 
-class Spoiler:
-    """Makes requests that are nearly right, from a seed.
+class Mutator:
+    """Makes nearly valid requests from a seed.
 
     Args:
-        seed: Of everything.
-        tokens: The caller's own, live ones.
+        seed: Seed of all random choices.
+        tokens: Valid tokens.
     """
 
     def __init__(self, seed: int, tokens: list[str]) -> None:
@@ -125,7 +125,7 @@ class Spoiler:
         }
 
     def request(self) -> dict[str, Any]:
-        """Return a request that is fine."""
+        """Return a valid request."""
         rng = self._rng
         fields: dict[str, Any] = {"image": rng.choice(PICTURES), "shapes": [], "states": []}
         for _ in range(rng.randint(1, 3)):
@@ -137,44 +137,44 @@ class Spoiler:
                 fields["states"].append(None)
         return fields
 
-    def spoiled(self) -> tuple[str, bytes]:
-        """Return a way to spoil, and a body spoiled that way."""
+    def mutated(self) -> tuple[str, bytes]:
+        """Return the name of a mutation and a body with this mutation."""
         way = self._rng.choice(list(self.ways))
         return way, self.ways[way](deepcopy(self.request()))
 
     def scramble(self, data: bytes, low: int = 0, high: int | None = None) -> bytes:
-        """Return bytes with a few changed, left out, added, repeated or cut off."""
-        rng, found = self._rng, bytearray(data)
+        """Return bytes with a few changed, deleted, inserted, repeated or cut off."""
+        rng, result = self._rng, bytearray(data)
         for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
-            end = min(len(found), high or len(found))
+            end = min(len(result), high or len(result))
             if end <= low:
                 break
-            place = rng.randrange(low, end)
+            index = rng.randrange(low, end)
             match rng.randrange(7):
                 case 0:
-                    found[place] ^= 1 << rng.randrange(8)
+                    result[index] ^= 1 << rng.randrange(8)
                 case 1:
-                    found[place] = rng.choice((0, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+                    result[index] = rng.choice((0, 0x7F, 0x80, 0xFF, rng.randrange(256)))
                 case 2:
-                    del found[place : place + rng.randint(1, 8)]
+                    del result[index : index + rng.randint(1, 8)]
                 case 3:
-                    found[place:place] = rng.randbytes(rng.randint(1, 8))
+                    result[index:index] = rng.randbytes(rng.randint(1, 8))
                 case 4:
-                    found[place:place] = found[place : place + rng.randint(1, 64)]
+                    result[index:index] = result[index : index + rng.randint(1, 64)]
                 case 5:
                     word = rng.choice((0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 40_000))
                     size = rng.choice((2, 4))
-                    found[place : place + size] = (word & (256**size - 1)).to_bytes(
+                    result[index : index + size] = (word & (256**size - 1)).to_bytes(
                         size,
                         rng.choice(("big", "little")),
                     )
                 case _:
                     if rng.random() < 0.2:
-                        del found[place:]
-        return bytes(found)
+                        del result[index:]
+        return bytes(result)
 
     def _bytes(self, fields: dict[str, Any]) -> bytes:
-        if self._rng.random() < 0.7:  # the image is most of the bytes; spare it more often
+        if self._rng.random() < 0.7:  # the image has most of the bytes; mutate the rest more often
             fields = {name: fields[name] for name in ("shapes", "states", "image")}
             body = json.dumps(fields).encode()
             return self.scramble(body, 0, body.index(b'"image"') + 12)
@@ -200,7 +200,7 @@ class Spoiler:
         return json.dumps(fields).encode()
 
     def hostile(self) -> Any:
-        """Return a value that somebody might send where another is expected."""
+        """Return a value of a wrong type or size."""
         rng = self._rng
         deep: Any = 1
         for _ in range(300):
@@ -217,11 +217,11 @@ class Spoiler:
     def _base64(self, fields: dict[str, Any]) -> bytes:
         text = fields["image"]
         rng = self._rng
-        place = rng.randrange(len(text))
+        index = rng.randrange(len(text))
         fields["image"] = rng.choice([
-            text[:place], text[:place] + rng.choice("=-_ \n%é\0") + text[place:], text + "====",
+            text[:index], text[:index] + rng.choice("=-_ \n%é\0") + text[index:], text + "====",
             text.replace("+", "-").replace("/", "_"), "data:image/png;base64," + text, text * 2,
-            text[place:], text[: place // 4 * 4], text[:place] + "A" * 4 + text[place:],
+            text[index:], text[: index // 4 * 4], text[:index] + "A" * 4 + text[index:],
         ])  # fmt: skip
         return json.dumps(fields).encode()
 
@@ -244,18 +244,18 @@ class Spoiler:
         for _ in range(rng.choice((1, 1, 2, 5))):
             if not points:
                 break
-            place = rng.randrange(len(points))
+            index = rng.randrange(len(points))
             match rng.randrange(6):
                 case 0:
-                    points[place] += rng.choice((-1, 1, 0.5, 100, -100))
+                    points[index] += rng.choice((-1, 1, 0.5, 100, -100))
                 case 1:
-                    points[place] = rng.choice(
+                    points[index] = rng.choice(
                         (0, -1, 2**31, 1e9, -1e9, 1e308, 5e-324, float("nan"), 10**30, 0.1)
                     )
                 case 2:
-                    del points[place]
+                    del points[index]
                 case 3:
-                    points.insert(place, rng.choice((0, 1, 7.5, -3)))
+                    points.insert(index, rng.choice((0, 1, 7.5, -3)))
                 case 4:
                     rng.shuffle(points)
                 case _:
@@ -266,13 +266,14 @@ class Spoiler:
 
     def _state(self, fields: dict[str, Any]) -> bytes:
         rng = self._rng
-        one, other = rng.choice(self._tokens), rng.choice(self._tokens)
-        track, _, step = one.partition(".")
-        token: Any = rng.choice([
-            f"{track}.{other.partition('.')[2]}", f"{step}.{track}", track, f"{track}.", one * 2,
-            one.swapcase(), one + "\n", one[:-1] + rng.choice("A-é*}{"), f"{track}}}:step:{step}",
-            [one], {"token": one}, one.encode().hex(), str(StateToken(new_id(), new_id())), "",
+        token, other = rng.choice(self._tokens), rng.choice(self._tokens)
+        track, _, step = token.partition(".")
+        mutated: Any = rng.choice([
+            f"{track}.{other.partition('.')[2]}", f"{step}.{track}", track, f"{track}.", token * 2,
+            token.swapcase(), token + "\n", token[:-1] + rng.choice("A-é*}{"),
+            f"{track}}}:step:{step}", [token], {"token": token}, token.encode().hex(),
+            str(StateToken(new_id(), new_id())), "",
         ])  # fmt: skip
-        fields["states"] = [*fields["states"], token]
+        fields["states"] = [*fields["states"], mutated]
         rng.shuffle(fields["states"])
         return json.dumps(fields).encode()

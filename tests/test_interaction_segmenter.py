@@ -1,10 +1,9 @@
-"""The interactor's model room by itself: tidying, what is kept, what is computed again."""
+"""The segmenter without its handler: caches, refinement of answers, removal of small regions."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,23 +12,19 @@ from PIL import Image
 from sam2.sam2_video_predictor import SAM2VideoPredictor
 
 from interaction.protocol import Prompt
-from interaction.segmenter import HINTS_KEPT, Segmenter
+from interaction.segmenter import CACHED_HINTS, Segmenter
 from model_loader import load_predictor
 from settings import Settings
 from testbed.drawn_frames import SIZE_HW, jpeg_frames
-from testbed.functions import CONFIG, IMAGE_SIZE
 
 CLICK = Prompt(((60.0, 90.0),))
 TWO = Prompt(((60.0, 90.0), (50.0, 80.0)))
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint: Path) -> SAM2VideoPredictor:
-    """The test model."""
-    settings = Settings(
-        config=CONFIG, checkpoint=str(checkpoint), image_size=IMAGE_SIZE, device="cpu"
-    )
-    return load_predictor(settings)[0]
+def model(micro: dict[str, str]) -> SAM2VideoPredictor:
+    """A very small model."""
+    return load_predictor(Settings.from_env(micro))[0]
 
 
 def picture(index: int = 0) -> Image.Image:
@@ -38,28 +33,34 @@ def picture(index: int = 0) -> Image.Image:
 
 
 def make(
-    model: SAM2VideoPredictor, *, frames_kept: int = 2, hole_area: int = 0, island_area: int = 0
+    model: SAM2VideoPredictor, *, cached_frames: int = 2, hole_area: int = 0, island_area: int = 0
 ) -> Segmenter:
-    """Return a segmenter with nothing kept yet."""
-    return Segmenter(model, frames_kept=frames_kept, hole_area=hole_area, island_area=island_area)
+    """Return a segmenter with empty caches."""
+    return Segmenter(
+        model,
+        fingerprint="test",
+        cached_frames=cached_frames,
+        hole_area=hole_area,
+        island_area=island_area,
+    )
 
 
 @pytest.fixture
 def encoded(model: SAM2VideoPredictor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Hear how often the image encoder runs."""
+    """A list that grows by one with each run of the image encoder."""
     calls: list[int] = []
     encode: Callable[[torch.Tensor], object] = model.forward_image
 
-    def heard(pixels: torch.Tensor) -> object:
+    def record(pixels: torch.Tensor) -> object:
         calls.append(len(pixels))
         return encode(pixels)
 
-    monkeypatch.setattr(model, "forward_image", heard)
+    monkeypatch.setattr(model, "forward_image", record)
     return calls
 
 
 def test_second_click_costs_no_encoding(model: SAM2VideoPredictor, encoded: list[int]) -> None:
-    """Nor is the picture asked for."""
+    """The picture is not decoded again either."""
     segmenter = make(model)
 
     def unwanted() -> Image.Image:
@@ -73,9 +74,9 @@ def test_second_click_costs_no_encoding(model: SAM2VideoPredictor, encoded: list
     assert first.mask.shape == second.mask.shape == SIZE_HW
 
 
-def test_frames_used_last_are_kept(model: SAM2VideoPredictor, encoded: list[int]) -> None:
-    """The one not used for longest makes room."""
-    segmenter = make(model, frames_kept=2)
+def test_recently_used_frames_are_cached(model: SAM2VideoPredictor, encoded: list[int]) -> None:
+    """The least recently used frame is dropped."""
+    segmenter = make(model, cached_frames=2)
     for key in ("a", "b", "a", "c", "a", "b"):
         segmenter.segment(key, picture, CLICK)
 
@@ -83,7 +84,7 @@ def test_frames_used_last_are_kept(model: SAM2VideoPredictor, encoded: list[int]
 
 
 def test_frames_do_not_share_hints(model: SAM2VideoPredictor) -> None:
-    """The same clicks on the next frame start afresh."""
+    """The same clicks on another frame do not refine its answer."""
     segmenter = make(model)
     segmenter.segment("a", picture, CLICK)
 
@@ -92,7 +93,7 @@ def test_frames_do_not_share_hints(model: SAM2VideoPredictor) -> None:
 
 
 def test_longest_earlier_prompt_is_refined(model: SAM2VideoPredictor) -> None:
-    """Clicks that came faster than the answers are made up for."""
+    """Also if clicks came faster than the answers."""
     three = Prompt((*TWO.positive, (70.0, 95.0)), ((5.0, 5.0),))
     seen, slow = make(model), make(model)
     seen.segment("a", picture, CLICK)
@@ -105,21 +106,21 @@ def test_longest_earlier_prompt_is_refined(model: SAM2VideoPredictor) -> None:
     assert after_two.refined
     assert after_one.refined
     assert not alone.refined
-    masks = [one.mask.tobytes() for one in (after_two, after_one, alone)]
+    masks = [segment.mask.tobytes() for segment in (after_two, after_one, alone)]
     assert len(set(masks)) == 3
 
 
-def test_repeated_prompt_is_answered_alike(model: SAM2VideoPredictor) -> None:
-    """A lost answer, or an undone click."""
+def test_repeated_prompt_gets_the_same_answer(model: SAM2VideoPredictor) -> None:
+    """After a lost answer or an undone click."""
     segmenter = make(model)
-    answers = [segmenter.segment("a", picture, one) for one in (CLICK, TWO, TWO, CLICK)]
+    answers = [segmenter.segment("a", picture, prompt) for prompt in (CLICK, TWO, TWO, CLICK)]
 
     assert np.array_equal(answers[1].mask, answers[2].mask)
     assert np.array_equal(answers[0].mask, answers[3].mask)
 
 
 def test_scores_are_clamped_before_they_are_fed_back(model: SAM2VideoPredictor) -> None:
-    """As SAM2ImagePredictor does: a prompt encoder never saw larger ones."""
+    """As SAM2ImagePredictor does."""
     segmenter = make(model)
     handle = model.sam_mask_decoder.register_forward_hook(
         lambda _module, _inputs, outputs: (outputs[0] * 1e4, *outputs[1:])
@@ -131,24 +132,24 @@ def test_scores_are_clamped_before_they_are_fed_back(model: SAM2VideoPredictor) 
 
 
 def test_hints_are_bounded(model: SAM2VideoPredictor) -> None:
-    """However much is clicked."""
+    """However many prompts there are."""
     segmenter = make(model)
-    for number in range(HINTS_KEPT + 5):
+    for number in range(CACHED_HINTS + 5):
         segmenter.segment("a", picture, Prompt(((float(number), 5.0),)))
 
-    assert len(segmenter._hints) == HINTS_KEPT
+    assert len(segmenter._hints) == CACHED_HINTS
 
 
 def logits_of(*regions: tuple[slice, slice], size: int = 32) -> torch.Tensor:
-    """Return scores that are 1 in the regions and -1 elsewhere."""
+    """Return logits that are 1 in the regions and -1 elsewhere."""
     logits = -torch.ones(1, 1, size, size)
     for region in regions:
         logits[0, 0][region] = 1.0
     return logits
 
 
-def test_small_holes_and_islands_go(model: SAM2VideoPredictor) -> None:
-    """Up to the area, which counts in pixels of the low-resolution mask; larger ones stay."""
+def test_small_holes_are_filled_and_islands_removed(model: SAM2VideoPredictor) -> None:
+    """Up to the area in pixels of the low-resolution mask; larger ones stay."""
     object_, island, larger = np.s_[4:20, 4:20], np.s_[25:27, 25:29], np.s_[28:31, 4:7]
     logits = logits_of(object_, island, larger)
     logits[0, 0, 8:10, 8:12] = -1.0  # a hole of eight
@@ -161,14 +162,14 @@ def test_small_holes_and_islands_go(model: SAM2VideoPredictor) -> None:
 
 
 def test_object_that_is_one_small_island_stays(model: SAM2VideoPredictor) -> None:
-    """Somebody clicked it."""
+    """The annotator clicked it."""
     logits = logits_of(np.s_[4:6, 4:6])
 
     assert torch.equal(make(model, hole_area=8, island_area=8)._tidy(logits), logits)
 
 
 def test_areas_of_zero_leave_the_scores_alone(model: SAM2VideoPredictor) -> None:
-    """As SAM 2's image predictor by itself."""
+    """As SAM 2's image predictor does by default."""
     logits = logits_of(np.s_[4:6, 4:6], np.s_[10:20, 10:20])
 
     assert make(model)._tidy(logits) is logits

@@ -1,4 +1,4 @@
-"""Masks through the interactor's handler equal SAM2ImagePredictor's, pixel for pixel."""
+"""The masks of the interactor's handler equal those of SAM2ImagePredictor, pixel for pixel."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from tests.image_reference import ImageReference
 from tests.reference import Reference, ReferenceObject, write_frames
 
 AREA = 8  # the default of both settings
-PROMPTS = 200
-# wide, tall, smaller than the model's input, its very size, larger
+PROMPTS = {"random": 200, "micro": 50}
+# wide, tall, smaller than the model's input, of the same size, larger
 SIZES_HW = [(180, 320), (200, 90), (70, 100), (IMAGE_SIZE, IMAGE_SIZE), (360, 640)]
 
 
 def frames() -> list[bytes]:
     """Return rendered frames of all sizes as files."""
-    found = []
+    files = []
     for seed, size_hw in zip(HELD_OUT_SEEDS, SIZES_HW, strict=False):
         clip = make_clip(seed, frames=1, size_hw=size_hw, script=Script())
         picture = cv2.cvtColor(clip.frames[0], cv2.COLOR_RGB2BGR)
-        found.append(cv2.imencode(".png", picture)[1].tobytes())
-    return found
+        files.append(cv2.imencode(".png", picture)[1].tobytes())
+    return files
 
 
 @pytest.fixture(scope="module", params=["random", "micro"])
 def weights(request: pytest.FixtureRequest) -> str:
-    """Which weights: random ones that react to everything, or the bundled ones."""
+    """Which weights: random weights that react to everything, or the bundled ones."""
     name: str = request.param
     return name
 
@@ -52,7 +52,8 @@ def start(
     micro = {"SAM2_CONFIG": "", "SAM2_CHECKPOINT": "", "SAM2_IMAGE_SIZE": ""}
     micro |= {"SAM2_MODEL_ID": "micro"}
     environment = micro if weights == "micro" else {}
-    return lambda: start_interactor(environment | {"SAM2_FEATURE_CACHE_FRAMES": "8"})
+    environment |= {"SAM2_FEATURE_CACHE_FRAMES": "8", "SAM2_INTERACTOR_EXTREME_POINTS": "on"}
+    return lambda: start_interactor(environment)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def reference(weights: str, checkpoint: Path) -> ImageReference:
 
 
 def ask(interactor: Function, image: bytes, prompt: Prompt) -> tuple[Mask, float]:
-    """Return the mask and the confidence of an answer, the same in both of its forms."""
+    """Return mask and confidence of an answer, after a check that its two masks are equal."""
     body = {
         "image": base64_text(image),
         "pos_points": [list(point) for point in prompt.positive],
@@ -83,7 +84,7 @@ def ask(interactor: Function, image: bytes, prompt: Prompt) -> tuple[Mask, float
 
 
 def random_prompt(kind: str, size_hw: tuple[int, int], rng: np.random.Generator) -> Prompt:
-    """Draw a prompt of a kind anywhere in a frame, its border included."""
+    """Return a random prompt of a kind anywhere in a frame, its border included."""
     frame_wh = np.array(size_hw[::-1], dtype=float)
 
     def points(count: int) -> tuple[Point, ...]:
@@ -117,15 +118,15 @@ KINDS = ["click", "clicks", "negatives", "box", "box and clicks", "extreme point
 def test_random_prompts_equal_the_image_predictor(
     weights: str, start: Callable[[], Function], reference: ImageReference
 ) -> None:
-    """Two hundred prompts of every kind, on frames of five sizes."""
+    """Many prompts of every kind, on frames of five sizes."""
     rng = np.random.default_rng(0)
     interactor = start()
-    different, telling, telling_kinds = [], 0, set()
+    different, partial_masks, partial_kinds = [], 0, set()
     images = frames()
     for number, image in enumerate(images):
         picture = Image.open(io.BytesIO(image))
         reference.set_image(picture)
-        for index in range(PROMPTS // len(images)):
+        for index in range(PROMPTS[weights] // len(images)):
             kind = KINDS[(index + number) % len(KINDS)]
             prompt = random_prompt(kind, picture.size[::-1], rng)
             mask, confidence = ask(interactor, image, prompt)
@@ -138,18 +139,18 @@ def test_random_prompts_equal_the_image_predictor(
             if expected.mask.any():
                 assert confidence == pytest.approx(min(1, max(0, expected.iou)), abs=0.006)
             if 0 < expected.mask.mean() < 1:
-                telling += 1
-                telling_kinds.add(kind)
+                partial_masks += 1
+                partial_kinds.add(kind)
 
     assert different == []
-    assert weights == "micro" or telling > PROMPTS // 2
-    assert weights == "micro" or telling_kinds == set(KINDS)
+    assert weights == "micro" or partial_masks > PROMPTS[weights] // 2
+    assert weights == "micro" or partial_kinds == set(KINDS)
 
 
 def test_every_further_click_refines_as_the_image_predictor_does(
     start: Callable[[], Function], reference: ImageReference
 ) -> None:
-    """The scores of the answer before go in again; a replica without them answers without."""
+    """The logits of the previous answer are an input; another replica answers without them."""
     image = frames()[0]
     reference.set_image(Image.open(io.BytesIO(image)))
     clicks = random_prompt("negatives", (180, 320), np.random.default_rng(5))
@@ -181,7 +182,7 @@ def test_mask_of_a_click_tracks_on(
     checkpoint: Path,
     tmp_path: Path,
 ) -> None:
-    """From click to tracked frames: as SAM2VideoPredictor follows what SAM2ImagePredictor found."""
+    """SAM2VideoPredictor tracks the mask of SAM2ImagePredictor to the same masks."""
     function = start_function({"SAM2_BIT_EXACT": "on"})
     clip = jpeg_frames(16)
     image_reference = ImageReference(CONFIG, checkpoint, IMAGE_SIZE, area=AREA)
@@ -197,10 +198,11 @@ def test_mask_of_a_click_tracks_on(
     states = function.track(images[0], [shape], [])["states"]
     tracked: list[Any] = []
     for image in images[1:5]:
-        found = function.track(image, [None], states)
-        states = found["states"]
-        tracked += found["shapes"]
+        answer = function.track(image, [None], states)
+        states = answer["states"]
+        tracked += answer["shapes"]
 
     assert np.array_equal(decode_cvat_rle(shape["points"], start.shape), start)
-    for frame, one in enumerate(tracked, start=1):
-        assert np.array_equal(decode_cvat_rle(one["points"], start.shape), followed[frame])
+    for frame, tracked_shape in enumerate(tracked, start=1):
+        mask = decode_cvat_rle(tracked_shape["points"], start.shape)
+        assert np.array_equal(mask, followed[frame])

@@ -10,12 +10,25 @@ from typing import Any
 import pytest
 from nuclio_sdk.logger import HumanReadableFormatter
 
+from errors import TrackerError
 from interaction import main as interactor_main
 from testbed.drawn_frames import SIZE_HW, base64_text, jpeg_frames
 from testbed.functions import Function
-from tests.test_interactor_protocol import BAD
+from tests.malformed_requests import IMAGE, INTERACTOR
 
-IMAGE = base64_text(jpeg_frames(1)[0])
+
+@pytest.fixture(scope="module")
+def interactor(micro_interactor: Function) -> Function:
+    """The interactor with a very small model."""
+    return micro_interactor
+
+
+@pytest.fixture(scope="module")
+def start(
+    start_interactor: Callable[[dict[str, str]], Function], micro: dict[str, str]
+) -> Callable[[dict[str, str]], Function]:
+    """Start the interactor with this model and further variables."""
+    return lambda environment: start_interactor(micro | environment)
 
 
 @pytest.fixture(autouse=True)
@@ -47,40 +60,34 @@ def test_click_and_box_as_cvat_sends_them(interactor: Function) -> None:
 def test_request_is_answered_under_any_content_type(
     interactor: Function, content_type: str
 ) -> None:
-    """Nuclio hands over bytes then."""
+    """Nuclio decodes JSON for one content type only; for others the handler gets bytes."""
     sent = json.dumps(click([60, 90])).encode()
 
     assert interactor.call(sent, content_type=content_type) == interactor.call(click([60, 90]))
 
 
-@pytest.mark.parametrize(("sent", "reason"), BAD.values(), ids=BAD)
-def test_bad_prompt_gets_400_and_one_line_of_log(
-    interactor: Function, log: io.StringIO, sent: Any, reason: str
+@pytest.mark.parametrize(("sent", "error", "reason"), INTERACTOR.values(), ids=INTERACTOR)
+def test_malformed_request_is_refused(
+    interactor: Function, log: io.StringIO, sent: Any, error: type[TrackerError], reason: str
 ) -> None:
-    """The message is the caller's and the log's."""
+    """The caller gets status and reason, the log has one line."""
     status, answer = interactor.call(sent)
 
-    assert (status, list(answer)) == (400, ["error"])
+    assert (status, list(answer)) == (error.status, ["error"])
     assert re.search(reason, answer["error"])
     (line,) = log.getvalue().splitlines()
-    assert "[warning] refused: {'status': 400, 'reason': " in line
-
-
-@pytest.mark.parametrize(("image", "status"), [("%%%", 400), (base64_text(b"none"), 422)])
-def test_image_that_is_none_is_told_apart(interactor: Function, image: str, status: int) -> None:
-    """As the tracker does."""
-    assert interactor.call(click([60, 90], image=image))[0] == status
+    assert f"[warning] refused: {{'status': {status}, 'reason': " in line
 
 
 def test_second_click_neither_decodes_nor_encodes(
-    start_interactor: Callable[[dict[str, str]], Function], monkeypatch: pytest.MonkeyPatch
+    start: Callable[[dict[str, str]], Function], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only prompt encoder and mask decoder are at work."""
-    replica = start_interactor({})
+    """Only the prompt encoder and the mask decoder run."""
+    replica = start({})
     replica.call(click([60, 90]))
 
     def unwanted(*_: object) -> None:
-        raise AssertionError("the frame is known")
+        raise AssertionError("the frame is cached")
 
     monkeypatch.setattr(interactor_main, "decode_image", unwanted)
     model = replica.context.user_data.service.segmenter._model
@@ -92,7 +99,7 @@ def test_second_click_neither_decodes_nor_encodes(
 
 
 def test_request_logs_one_line_with_what_it_did(interactor: Function, log: io.StringIO) -> None:
-    """Enough to see why a click was slow."""
+    """The line shows why a click was slow."""
     frame = base64_text(jpeg_frames(2, seed=7)[1])
     interactor.call(click([60, 90], image=frame))
     interactor.call(click([60, 90], image=frame, neg_points=[[5, 5]]))
@@ -108,30 +115,41 @@ def test_request_logs_one_line_with_what_it_did(interactor: Function, log: io.St
 
 
 def test_settings_shape_the_answer(
-    start_interactor: Callable[[dict[str, str]], Function],
+    start: Callable[[dict[str, str]], Function],
 ) -> None:
-    """The form of the mask, and what extreme points mean."""
+    """The form of the mask, and whether extreme points mean a box."""
     four = click([10, 50], [30, 20], [60, 45], [35, 90])
-    _, usual = start_interactor({}).call(four)
-    bare = start_interactor({"SAM2_INTERACTOR_MASK": "none"}).call(four)[1]
-    points = start_interactor({"SAM2_INTERACTOR_EXTREME_POINTS": "off"}).call(four)[1]
+    _, usual = start({}).call(four)
+    bare = start({"SAM2_INTERACTOR_MASK": "none"}).call(four)[1]
+    boxed = start({"SAM2_INTERACTOR_EXTREME_POINTS": "on"}).call(four)[1]
 
     assert bare == {"shapes": usual["shapes"]}
-    assert points["shapes"] != usual["shapes"]
+    assert boxed["shapes"] != usual["shapes"]
 
 
-def test_get_tells_the_health_and_other_methods_are_refused(interactor: Function) -> None:
-    """GET answers that the model is loaded."""
+def test_four_clicks_are_not_taken_for_a_box_by_default(
+    start: Callable[[dict[str, str]], Function],
+) -> None:
+    """Four ordinary clicks on an object often lie like extreme points."""
+    four = click([10, 50], [30, 20], [60, 45], [35, 90])
+    default = start({}).call(four)
+    off = start({"SAM2_INTERACTOR_EXTREME_POINTS": "off"}).call(four)
+
+    assert default == off
+
+
+def test_get_reports_the_health_and_other_methods_are_refused(interactor: Function) -> None:
+    """GET is answered if the model is loaded."""
     assert interactor.call(b"", "GET") == (200, {"status": "ok"})
     status, answer = interactor.call(click([60, 90]), "PUT")
     assert status == 405
-    assert answer["error"] == "PUT is not served: POST segments, GET tells the health"
+    assert answer["error"] == "PUT is not served: POST segments, GET reports the health"
 
 
 def test_bug_is_logged_and_its_text_stays_inside(
     interactor: Function, log: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A plain 500 for the caller, the traceback for the log."""
+    """The caller gets a plain 500, the log the traceback."""
 
     def fail(*_: object) -> None:
         raise RuntimeError("secret detail")
@@ -152,27 +170,27 @@ def test_bug_is_logged_and_its_text_stays_inside(
         ({"SAM2_DEVICE": "cuda:99"}, "SAM2_DEVICE='cuda:99'"),
     ],
 )
-def test_failed_start_ends_with_one_clear_line(
-    start_interactor: Callable[[dict[str, str]], Function],
+def test_failed_start_ends_with_one_line(
+    start: Callable[[dict[str, str]], Function],
     capsys: pytest.CaptureFixture[str],
     environment: dict[str, str],
     reason: str,
 ) -> None:
-    """The process must not run, and the log says why without a traceback."""
+    """The process exits, and the log says why without a traceback."""
     with pytest.raises(SystemExit, match=r"^1$"):
-        start_interactor(environment)
+        start(environment)
     (line,) = capsys.readouterr().out.splitlines()
 
     assert "[error] cannot start: {'reason': " in line
     assert reason in line
 
 
-def test_no_store_is_needed_nor_asked(
-    start_interactor: Callable[[dict[str, str]], Function], capsys: pytest.CaptureFixture[str]
+def test_no_store_is_used(
+    start: Callable[[dict[str, str]], Function], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """CVAT's deploy script names a Redis for every function; this one does without."""
+    """CVAT's deploy script names a Redis for every function; the interactor ignores it."""
     environment = {"CVAT_FUNCTIONS_REDIS_HOST": "127.0.0.1", "CVAT_FUNCTIONS_REDIS_PORT": "1"}
-    replica = start_interactor(environment)
+    replica = start(environment)
     (ready,) = capsys.readouterr().out.splitlines()
     fields = ast.literal_eval(ready.partition("ready: ")[2])
 
