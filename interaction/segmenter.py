@@ -17,6 +17,7 @@ from PIL import Image
 from sam2.sam2_video_predictor import SAM2VideoPredictor
 from torch.nn import functional
 
+from errors import TooLargeError
 from interaction.protocol import Prompt
 from mask_regions import small_regions
 from model_handler import IMAGE_MEAN, IMAGE_STD, compute_dtype, inference
@@ -97,7 +98,25 @@ class Segmenter:
             key: Names the frame's content; a cached frame is not encoded again.
             image: Returns the RGB frame; called only when needed.
             prompt: At least a box or a positive point.
+
+        Raises:
+            TooLargeError: The frame does not fit into the device's memory.
         """
+        for _ in range(2):
+            try:
+                return self._segment(key, image, prompt)
+            except torch.OutOfMemoryError:
+                pass
+            # Here, unlike in the except block, no traceback holds the attempt's tensors.
+            self._frames.clear()
+            self._hints.clear()
+            torch.cuda.empty_cache()
+        raise TooLargeError(
+            f"{self._device} has too little memory for this frame: set a smaller SAM2_IMAGE_SIZE or "
+            "SAM2_FEATURE_CACHE_FRAMES, or use a GPU with more memory"
+        )
+
+    def _segment(self, key: str, image: Callable[[], Image.Image], prompt: Prompt) -> Segment:
         features = self._frames.get(key)
         encoded = features is None
         if features is None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from sam2.sam2_video_predictor import SAM2VideoPredictor
 
+from errors import TooLargeError
 from interaction.protocol import Prompt
 from interaction.segmenter import CACHED_HINTS, Segmenter
 from model_loader import load_predictor
@@ -81,6 +82,43 @@ def test_recently_used_frames_are_cached(model: SAM2VideoPredictor, encoded: lis
         segmenter.segment(key, picture, CLICK)
 
     assert len(encoded) == 4  # a, b, c, and b again
+
+
+def test_frame_that_does_not_fit_is_tried_again_without_caches(
+    model: SAM2VideoPredictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device's memory may be full of cached frames; the second attempt has it all."""
+    segmenter = make(model)
+    segmenter.segment("a", picture, CLICK)
+    expected = make(model).segment("b", lambda: picture(1), CLICK)
+    encode = model.forward_image
+
+    def fails_beside_a_cached_frame(pixels: torch.Tensor) -> object:
+        if segmenter._frames:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(pixels)
+
+    monkeypatch.setattr(model, "forward_image", fails_beside_a_cached_frame)
+    answer = segmenter.segment("b", lambda: picture(1), CLICK)
+
+    assert np.array_equal(answer.mask, expected.mask)
+
+
+def test_frame_that_never_fits_is_refused(
+    model: SAM2VideoPredictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message says what helps, and the next frame is served as usual."""
+    segmenter = make(model)
+
+    def fail(_: torch.Tensor) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward_image", fail)
+        with pytest.raises(TooLargeError, match=r"too little memory .* smaller SAM2_IMAGE_SIZE"):
+            segmenter.segment("a", picture, CLICK)
+
+    assert segmenter.segment("a", picture, CLICK).mask.shape == SIZE_HW
 
 
 def test_frames_do_not_share_hints(model: SAM2VideoPredictor) -> None:
