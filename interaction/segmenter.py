@@ -112,8 +112,8 @@ class Segmenter:
             self._hints.clear()
             torch.cuda.empty_cache()
         raise TooLargeError(
-            f"{self._device} has too little memory for this frame: set a smaller SAM2_IMAGE_SIZE or "
-            "SAM2_FEATURE_CACHE_FRAMES, or use a GPU with more memory"
+            f"{self._device} has too little memory for this frame: set a smaller SAM2_IMAGE_SIZE "
+            "or SAM2_FEATURE_CACHE_FRAMES, or use a GPU with more memory"
         )
 
     def _segment(self, key: str, image: Callable[[], Image.Image], prompt: Prompt) -> Segment:
