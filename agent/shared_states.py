@@ -36,9 +36,11 @@ except ImportError:  # an unknown version of cvat-cli
     # The only other error whose message CVAT gets; for every other error it gets "Unknown error".
     BadArError = BadFunctionError
 
-# The versions of cvat-cli that this module was written and tested for: SHA-256 of the file that
-# stores states.
-KNOWN_VERSIONS = {"2.80.0": "ab301f606145652b2e155179ed46a018d8331d83d71d03e1aa05ab4cdd58c9e3"}
+# The versions of cvat-cli that this module was tested with: SHA-256 of the file that stores states.
+# That file is the same in both.
+KNOWN_VERSIONS = dict.fromkeys(
+    ("2.79.0", "2.80.0"), "ab301f606145652b2e155179ed46a018d8331d83d71d03e1aa05ab4cdd58c9e3"
+)
 
 
 @dataclass(frozen=True)
