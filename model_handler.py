@@ -32,6 +32,9 @@ from track_state import MEMORY_REACH, TrackState
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 
+# Share of a pixel from which it belongs to a mask prompt (sam2_video_predictor.py, add_new_mask).
+MIN_COVERAGE = 0.5
+
 # The length of a stream is unknown. From 16 frames up SAM 2 uses it only as an upper bound of frame
 # numbers (sam2_base.py, max_obj_ptrs_in_encoder): any number above all videos' lengths is right.
 NUM_FRAMES = 1 << 40
@@ -143,15 +146,25 @@ class ModelHandler:
     def mask_prompt(self, mask: Mask) -> torch.Tensor:
         """Return a mask `(H, W)` at the size the model takes it, `(1, 1, S, S)`, bool.
 
+        Of a thin or tiny mask no pixel may be left.
+
         Source: `SAM2VideoPredictor.add_new_mask`.
         """
+        return self.mask_coverage(mask) >= MIN_COVERAGE
+
+    def mask_coverage(self, mask: Mask) -> torch.Tensor:
+        """Return how much of each pixel of the model's input is in a mask `(H, W)`.
+
+        Returns:
+            Shares, `(1, 1, S, S)`, float32.
+        """
         size = (self.image_size, self.image_size)
-        prompt = torch.from_numpy(mask)[None, None].float().to(self.device)
-        if prompt.shape[-2:] != size:
-            prompt = functional.interpolate(
-                prompt, size, mode="bilinear", align_corners=False, antialias=True
+        coverage = torch.from_numpy(mask)[None, None].float().to(self.device)
+        if coverage.shape[-2:] != size:
+            coverage = functional.interpolate(
+                coverage, size, mode="bilinear", align_corners=False, antialias=True
             )
-        return prompt >= 0.5
+        return coverage
 
     def start_from_mask(self, frame: FrameFeatures, prompt: torch.Tensor) -> ObjectOutput:
         """Start an object from a mask on the frame, as `mask_prompt` returned it."""

@@ -22,17 +22,8 @@ from model_loader import load_model
 from object_requests import Continue, Start
 from report import Report
 from settings import Settings
-from shapes import (
-    Box,
-    Mask,
-    Shape,
-    ShapeType,
-    SizeHW,
-    mask_to_box,
-    mask_to_shape,
-    rectangle_to_box,
-    shape_to_mask,
-)
+from shape_prompt import shape_to_prompt
+from shapes import Box, Mask, Shape, ShapeType, SizeHW, mask_to_box, mask_to_shape
 from state_store import StateStore
 from state_token import StateToken, new_id
 from track_state import PastFrame, TrackState
@@ -148,7 +139,7 @@ class Tracker:
             One object per item, in order.
 
         Raises:
-            BadRequestError: A shape cannot be drawn on this frame.
+            BadRequestError: A shape cannot be drawn on this frame, or is too small for the model.
             StateGoneError: A state expired or is damaged.
             StateMismatchError: A state is of another model or frame size.
             StateStoreUnavailableError: The store cannot be reached; nothing was lost.
@@ -173,7 +164,7 @@ class Tracker:
                 if isinstance(item, Start):
                     request.check_time()
                     with error_prefix(f"shapes[{index}]"):
-                        prompts[index] = self._prompt(item.shape, size_hw)
+                        prompts[index] = shape_to_prompt(self._model, item.shape, size_hw)
         with report.timed("store"):
             tokens = {
                 index: item.token for index, item in enumerate(items) if isinstance(item, Continue)
@@ -243,12 +234,6 @@ class Tracker:
             TrackedObject(token, obj.shape, obj.lost, obj.mask, obj.score)
             for token, obj in zip(tokens, computed, strict=True)
         ]
-
-    def _prompt(self, shape: Shape, size_hw: SizeHW) -> torch.Tensor | Box:
-        """Return a box, or a mask at the model's size: at the frame's, hundreds would not fit."""
-        if shape.type is ShapeType.RECTANGLE:
-            return rectangle_to_box(shape, size_hw)
-        return self._model.mask_prompt(shape_to_mask(shape, size_hw))
 
     def _start(self, features: FrameFeatures, prompt: torch.Tensor | Box) -> ObjectOutput:
         if isinstance(prompt, tuple):

@@ -26,8 +26,8 @@ MAY_IMPORT = {
 }
 CORE = {
     "errors", "mask_regions", "model_handler", "model_loader", "object_requests", "rearranged",
-    "report", "shapes", "state_store", "state_token", "track_state", "track_storage", "tracker",
-    "warm_up",
+    "report", "shape_prompt", "shapes", "state_store", "state_token", "track_state",
+    "track_storage", "tracker", "warm_up",
 }  # fmt: skip
 WIRE = {"images", "local_server", "main", "nuclio_door", "protocol"}
 WITHOUT_TORCH = {

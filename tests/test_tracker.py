@@ -258,6 +258,8 @@ def test_request_that_takes_too_long_writes_nothing(
          r"^shapes\[2\]: rectangle has no area"),
         (Start(Shape(ShapeType.POLYGON, [1, 1, 2])), BadRequestError, r"^shapes\[2\]: polygon"),
         (Start(Shape(ShapeType.MASK, [4, 0, 0, 1, 1])), BadRequestError, r"^shapes\[2\]: mask"),
+        (Start(Shape(ShapeType.MASK, [0, 99, 9, 9, 9, 107])), BadRequestError, "mask is too small"),
+        (Start(Shape(ShapeType.RECTANGLE, [9, 9, 11, 10])), BadRequestError, "is too small for"),
         (Continue(StateToken(new_id(), new_id())), StateGoneError, r"^states\[2\] expired"),
     ],
 )  # fmt: skip
