@@ -130,6 +130,10 @@ TRACKER: dict[str, Malformed] = TRACKER_FORM | {
     "box without area": (tracker_body([9, 9, 9, 20]), BAD, "rectangle has no area in the 320 x 18"),
     "inverted ellipse": (_shape("ellipse", [50, 50, 40, 60]), BAD, "ellipse needs its right-most"),
     "wrong run sum": (_shape("mask", [0, 3, 0, 0, 1, 1]), BAD, "mask runs add up to 3, its box"),
+    "thin mask": (_shape("mask", [0, 99, 9, 9, 9, 107]), BAD, r"^shapes\[0\]: mask is too small"),
+    "thin polygon": (_shape("polygon", [9, 9, 10, 9, 10, 90, 9, 90]), BAD, "polygon is too small"),
+    "thin ellipse": (_shape("ellipse", [9.5, 90, 10.1, 50]), BAD, "ellipse is too small"),
+    "speck": (_shape("rectangle", [9, 9, 11, 10]), BAD, r"^shapes\[0\]: rectangle is too small"),
     "unknown token": (tracker_body(states=[UNKNOWN]), GONE, r"^states\[0\] expired or is unknown"),
     "one bad of three": (
         tracker_body(MASK, BOX, [1]), BAD, r"^shapes\[2\]: rectangle has 1 numbers"),
