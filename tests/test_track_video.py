@@ -17,8 +17,11 @@ from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 
 import track_video
-from clips.cvat_xml import CvatXmlWriter, InitialShape, read_cvat_xml
+from clips.cvat_xml import CvatXmlWriter, read_cvat_xml
+from clips.initial_shape import InitialShape
 from clips.reader import open_clip
+from clips.shape_files import read_initial_shapes
+from clips.track_clip import track_clip
 from clips.tracking_client import RemoteTrackingClient
 from errors import BadRequestError
 from object_requests import Continue, Start
@@ -28,7 +31,6 @@ from testbed.drawn_frames import blob_mask, jpeg_frames
 from testbed.functions import Replica
 from tests.reference import write_frames
 from tests.test_replicas import start_replicas
-from track_video import read_prompts, track_clip
 from tracker import TrackedObject
 
 __all__ = ["start_replicas"]  # a fixture
@@ -265,7 +267,7 @@ def test_malformed_prompts_are_refused_with_their_place(
     path.write_text(text)
 
     with pytest.raises(BadRequestError, match=message):
-        read_prompts(path)
+        read_initial_shapes(path)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +280,7 @@ def test_malformed_xml_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
 
     with pytest.raises(BadRequestError, match=r"shapes\.xml"):
-        read_prompts(path)
+        read_initial_shapes(path)
 
 
 @pytest.mark.parametrize(
