@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from clips.initial_shape import InitialShape
 from clips.reader import open_clip
 from clips.shape_files import read_initial_shapes
 from clips.track_clip import track_clip
-from clips.tracking_client import RemoteTrackingClient
 from errors import BadRequestError
 from object_requests import Continue, Start
 from shapes import Shape, ShapeType, encode_cvat_rle
@@ -343,12 +341,3 @@ def test_images_are_turned_as_their_exif_says(tmp_path: Path) -> None:
     ((_, frame),) = open_clip(tmp_path).frames(0, 0)
 
     assert frame.size == (20, 40)
-
-
-def test_a_url_without_a_scheme_is_refused_without_repeating() -> None:
-    """It cannot become right by waiting."""
-    with (
-        closing(RemoteTrackingClient("127.0.0.1:8070")) as client,
-        pytest.raises(BadRequestError, match=r"127\.0\.0\.1:8070"),
-    ):
-        client.track(Image.new("RGB", (8, 8)), [Start(SQUARE.shape)])
