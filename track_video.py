@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TrackerError, SettingsError) as err:
         print(f"track_video: {err}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("track_video: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +25,14 @@ from clips.initial_shape import InitialShape
 from clips.reader import open_clip
 from clips.shape_files import read_initial_shapes
 from clips.track_clip import track_clip
+from clips.tracking_client import RemoteTrackingClient
 from errors import BadRequestError
 from object_requests import Continue, Start
 from shapes import Shape, ShapeType, encode_cvat_rle
 from state_token import StateToken, new_id
 from testbed.drawn_frames import blob_mask, jpeg_frames
 from testbed.functions import Replica
+from tests.function_stub import FunctionStub, Json, started_at
 from tests.reference import write_frames
 from tests.test_replicas import start_replicas
 from tracker import TrackedObject
@@ -191,6 +197,61 @@ def test_interrupting_keeps_what_is_done(tmp_path: Path) -> None:
     assert outcome.frames == 5
     assert [annotation["image_id"] for annotation in found] == list(range(5))
     assert len(tracks_in(tmp_path / "annotations.xml")) == 1
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_interrupting_does_not_wait_for_a_running_function(
+    tmp_path: Path, *, is_busy: bool
+) -> None:
+    """Neither for its answer nor for the pause before a repeat; what is done is kept."""
+    hold = threading.Event()
+    function = FunctionStub()
+
+    def interrupt_at_third(body: Json) -> tuple[int, Any]:
+        if len(function.bodies) < 3:
+            return 200, started_at(body)
+        if not is_busy:
+            os.kill(os.getpid(), signal.SIGINT)
+            hold.wait()
+        return 503, {"error": "busy"}
+
+    def interrupted_pause(_: float) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        hold.wait()
+
+    function.answer = interrupt_at_third
+    with (
+        function,
+        closing(RemoteTrackingClient(function.url, pause=interrupted_pause)) as client,
+    ):
+        summary = track_clip(LongClip(20), [SQUARE], client, tmp_path)
+        was_held = not hold.is_set()
+        hold.set()
+    found = json.loads((tmp_path / "tracks.json").read_text())["annotations"]
+
+    assert was_held
+    assert summary.interrupted
+    assert summary.frames == 2
+    assert [annotation["image_id"] for annotation in found] == [0]  # the stub loses it then
+
+
+def test_interrupting_before_the_first_frame_takes_one_line(
+    clip: Path,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Loading a model may take long enough for somebody to change their mind."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(track_video, "open_tracking_client", interrupt)
+    code = track_video.main([str(clip), "--shapes", str(shapes), "--out", str(tmp_path / "out")])
+
+    assert code == 130
+    assert capsys.readouterr().err == "track_video: interrupted\n"
 
 
 def test_memory_does_not_grow_with_the_clip(tmp_path: Path) -> None:
