@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tenacity import wait_none
 
 import track_task
+from clips.tracking_client import TrackingClient
 from cvat_task import connection
 from object_requests import Continue, Start
 from shapes import Shape, ShapeType
@@ -90,7 +92,7 @@ class Desk:
         self.server = server
         self._monkeypatch = monkeypatch
 
-    def track(self, *options: str, client: MovingTrackingClient | None = None, job: int = 6) -> int:
+    def track(self, *options: str, client: TrackingClient | None = None, job: int = 6) -> int:
         """Run the command and return its exit code."""
         self._monkeypatch.setattr(
             track_task,
@@ -108,7 +110,7 @@ def desk_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calla
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.delenv("CVAT_ACCESS_TOKEN", raising=False)
-    monkeypatch.setattr(connection, "RETRY_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(connection, "RETRY_WAIT", wait_none())
     running = []
 
     def serve(task: Task) -> Desk:
