@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,6 +92,7 @@ class CvatConnection:
     ) -> None:
         self._pause = pause
         with _translated("log in"):
+            _check_reachable(options)
             self._client: Client = make_client_from_cli(options)
         # `retrying` decides about repeats; the SDK's own would hide the status.
         pools = self._client.api_client.rest_client.pool_manager
@@ -243,6 +245,24 @@ class CvatConnection:
         if not 200 <= response.status < 300:
             raise _refusal(response.status, data, path)
         return data
+
+
+def _check_reachable(options: argparse.Namespace) -> None:
+    """Connect to the server and let go: the SDK has no time limit for logging in.
+
+    Where no server is named, the SDK takes that of a saved profile, which needs no logging in.
+    """
+    if options.server_host is None:
+        return
+    url = urllib3.util.parse_url(options.server_host)
+    port = getattr(options, "server_port", None) or url.port
+    port = port or (80 if url.scheme == "http" else 443)  # the SDK's default is HTTPS
+    try:
+        socket.create_connection(((url.host or "").strip("[]"), port), CONNECT_TIMEOUT_S).close()
+    except OSError as err:
+        raise ServerUnavailableError(
+            f"the server does not answer ({err}): check its address, run this again"
+        ) from err
 
 
 def _decoded(body: bytes, path: str) -> Json:

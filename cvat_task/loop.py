@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Never
 
@@ -97,7 +97,10 @@ def run(
         tqdm(total=len(frames), unit="frame", disable=None) as bar,
     ):
         loop = _Loop(server, plan, options, client, bar, sheet, summary, interrupts)
-        for index in range(plan.first_job, len(plan.jobs)):
+        indices = [
+            index for index in range(plan.first_job, len(plan.jobs)) if plan.jobs[index].usable
+        ]
+        for index, following in zip_longest(indices, (plan.jobs[index] for index in indices[1:])):
             writer = JobWriter(
                 server,
                 plan.jobs[index],
@@ -110,7 +113,6 @@ def run(
             )
             if index > plan.first_job:
                 writer.save_progress()
-            following = plan.jobs[index + 1] if index + 1 < len(plan.jobs) else None
             loop.track(index, writer, set(following.usable) if following else set())
             done_frame = writer.done_frame
             if summary.interrupted or following is None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -20,18 +18,19 @@ from clips.tracking_client import RemoteTrackingClient
 from cvat_task.interrupts import Interrupts
 from testbed.cvat_server import PASSWORD, USER, Call, Refusal, Task
 from tests.function_stub import FunctionStub, Json
-from tests.task_desk import (
+from tests.stalls import Hold, press_ctrl_c
+from tests.task_harness import (
     POLYGON,
-    Desk,
     MovingTrackingClient,
-    desk,
-    desk_with,
+    TaskHarness,
     frames_of,
+    harness,
+    harness_for,
     shape,
     visible,
 )
 
-__all__ = ["desk", "desk_with"]  # fixtures
+__all__ = ["harness", "harness_for"]  # fixtures
 
 FOUND = {"type": "polygon", "points": POLYGON}
 
@@ -42,53 +41,21 @@ def find_everywhere(body: Json) -> tuple[int, Any]:
     return 200, {"states": states, "shapes": [FOUND] * len(states)}
 
 
-def press_ctrl_c() -> None:
-    """Interrupt the main thread, once it waits for something.
-
-    Python would see a signal that comes right before a system call only after that.
-    """
-    main_thread = threading.main_thread()
-    stat = Path(f"/proc/self/task/{main_thread.native_id}/stat")
-    asleep = 0
-    while asleep < 2 and threading.current_thread() is not main_thread:
-        asleep = asleep + 1 if stat.read_text().rpartition(")")[2].split()[0] == "S" else 0
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-class Hold:
-    """Stops a server's thread in the middle of an answer until the test ends."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-
-    def interrupt_and_wait(self) -> None:
-        """Press Ctrl-C, and do not answer."""
-        press_ctrl_c()
-        self._event.wait()
-
-    def end(self) -> bool:
-        """Let the thread go on, and tell whether it was still held."""
-        was_held = not self._event.is_set()
-        self._event.set()
-        return was_held
-
-
 @pytest.fixture
 def hold() -> Hold:
-    """What holds the answers of a test."""
+    """What stops a server's or a function's answers."""
     return Hold()
 
 
 # ---------------------------------------------------------------------- the CVAT server stalls
 
 
-def test_a_process_does_not_wait_for_a_chunk(desk: Desk, tmp_path: Path) -> None:
+def test_a_process_does_not_wait_for_a_chunk(harness: TaskHarness, tmp_path: Path) -> None:
     """It writes the frames before and exits while the server still holds the chunk."""
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     hold = threading.Event()
     with FunctionStub(find_everywhere) as function:
-        command = [sys.executable, "track_task.py", "--server", desk.server.url, "--job", "6"]
+        command = [sys.executable, "track_task.py", "--server", harness.server.url, "--job", "6"]
         command += ["--auth", f"{USER}:{PASSWORD}", "--url", function.url]
         root = Path(track_task.__file__).parent
         log = (tmp_path / "log").open("w")
@@ -108,7 +75,7 @@ def test_a_process_does_not_wait_for_a_chunk(desk: Desk, tmp_path: Path) -> None
             return find_everywhere(body)
 
         function.answer = answer
-        desk.server.before = stall
+        harness.server.before = stall
         try:
             code = process.wait(timeout=120)
             was_held = not hold.is_set()
@@ -120,18 +87,18 @@ def test_a_process_does_not_wait_for_a_chunk(desk: Desk, tmp_path: Path) -> None
     assert was_held
     assert code == 130, (tmp_path / "log").read_text()
     assert "interrupted: what was tracked is written" in (tmp_path / "log").read_text()
-    (track,) = desk.server.tracks(6)
+    (track,) = harness.server.tracks(6)
     frames = visible(track)
     # Ctrl-C may come before the answer to the eighth frame.
     assert frames in [dict.fromkeys(range(n), True) | {n: False} for n in (7, 8)]
 
 
 def test_a_repeat_goes_on_after_a_chunk_that_did_not_come(
-    desk_with: Callable[[Task], Desk], hold: Hold
+    harness_for: Callable[[Task], TaskHarness], hold: Hold
 ) -> None:
     """Nothing is tracked twice but the frame it starts from."""
-    desk = desk_with(Task(frames_of(12), chunk_size=6))
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    harness = harness_for(Task(frames_of(12), chunk_size=6))
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     waiting = threading.Event()
 
     def stall(call: Call) -> None:
@@ -143,20 +110,20 @@ def test_a_repeat_goes_on_after_a_chunk_that_did_not_come(
         if frame == 5:
             waiting.set()
 
-    desk.server.before = stall
-    code = desk.track(client=MovingTrackingClient(on_frame=last_of_chunk))
+    harness.server.before = stall
+    code = harness.track(client=MovingTrackingClient(on_frame=last_of_chunk))
     was_held = hold.end()
-    desk.server.before = lambda _: None
-    (track,) = desk.server.tracks(6)
+    harness.server.before = lambda _: None
+    (track,) = harness.server.tracks(6)
     client = MovingTrackingClient()
-    again = desk.track(client=client)
+    again = harness.track(client=client)
 
     assert was_held
     assert code == 130
     assert visible(track) == dict.fromkeys(range(6), True) | {6: False}
     assert again == 0
     assert client.seen == list(range(5, 12))
-    assert visible(desk.server.tracks(6)[0]) == dict.fromkeys(range(12), True)
+    assert visible(harness.server.tracks(6)[0]) == dict.fromkeys(range(12), True)
 
 
 @pytest.mark.parametrize(
@@ -164,71 +131,74 @@ def test_a_repeat_goes_on_after_a_chunk_that_did_not_come(
     ["/api/auth/login", "/api/jobs/6", "/api/jobs/6/data/meta", "/api/jobs/6/annotations"],
 )
 def test_planning_does_not_wait_for_the_server(
-    desk: Desk, hold: Hold, capsys: pytest.CaptureFixture[str], path: str
+    harness: TaskHarness, hold: Hold, capsys: pytest.CaptureFixture[str], path: str
 ) -> None:
     """There is nothing to lose yet."""
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
-    before = desk.server.annotations(6)
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
+    before = harness.server.annotations(6)
 
     def stall(call: Call) -> None:
         if call.path == path:
             hold.interrupt_and_wait()
 
-    desk.server.before = stall
-    code = desk.track()
+    harness.server.before = stall
+    code = harness.track()
 
     assert hold.end()
     assert code == 130
     assert "interrupted" in capsys.readouterr().err
-    assert desk.server.annotations(6) == before
+    assert harness.server.annotations(6) == before
 
 
 @pytest.mark.parametrize("action", ["create", "delete"])
-def test_a_write_is_finished_first(desk: Desk, action: str) -> None:
+def test_a_write_is_finished_first(harness: TaskHarness, action: str) -> None:
     """Both of its parts, though one Ctrl-C comes in between."""
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
 
     def interrupt(call: Call) -> None:
         if call.is_(action):
             press_ctrl_c()
-            desk.server.before = lambda _: None
+            harness.server.before = lambda _: None
 
-    desk.server.before = interrupt
+    harness.server.before = interrupt
     client = MovingTrackingClient()
-    code = desk.track("--batch", "4", client=client)
+    code = harness.track("--batch", "4", client=client)
 
     assert code == 130
     assert client.seen == list(range(5))
-    assert visible(desk.server.tracks(6)[0]) == dict.fromkeys(range(5), True) | {5: False}
-    assert desk.server.shapes(6) == []
+    assert visible(harness.server.tracks(6)[0]) == dict.fromkeys(range(5), True) | {5: False}
+    assert harness.server.shapes(6) == []
 
 
 @pytest.mark.parametrize("moment", ["planning", "writing"])
 def test_pauses_before_a_repeat_end_at_once(
-    desk: Desk, hold: Hold, monkeypatch: pytest.MonkeyPatch, moment: str
+    harness: TaskHarness, hold: Hold, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """The server fails, so there is no use in trying to write."""
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
-    before = desk.server.annotations(6)
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
+    before = harness.server.annotations(6)
 
     def fail(call: Call) -> None:
         if call.method == ("GET" if moment == "planning" else "PATCH"):
             raise Refusal(500, "fails")
 
     monkeypatch.setattr("cvat_task.interrupts.sleep", lambda _: hold.interrupt_and_wait())
-    desk.server.before = fail
-    code = desk.track("--batch", "4")
+    harness.server.before = fail
+    code = harness.track("--batch", "4")
 
     assert hold.end()
     assert code == 130
-    assert desk.server.annotations(6) == before
+    assert harness.server.annotations(6) == before
 
 
 def test_a_second_ctrl_c_does_not_wait_for_a_write(
-    desk: Desk, hold: Hold, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    harness: TaskHarness,
+    hold: Hold,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A repeat finds out what was written."""
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     handled = threading.Event()
     handle = Interrupts._handle
 
@@ -244,24 +214,26 @@ def test_a_second_ctrl_c_does_not_wait_for_a_write(
             handled.wait()  # else the system would make one signal of both
             hold.interrupt_and_wait()
 
-    desk.server.before = stall
-    code = desk.track("--batch", "4")
+    harness.server.before = stall
+    code = harness.track("--batch", "4")
     assert hold.end()
-    desk.server.before = lambda _: None
-    again = desk.track("--batch", "4")
+    harness.server.before = lambda _: None
+    again = harness.track("--batch", "4")
 
     assert (code, again) == (130, 0)
     assert "goes on after the last batch" in capsys.readouterr().err
-    assert visible(desk.server.tracks(6)[0]) == dict.fromkeys(range(12), True)
+    assert visible(harness.server.tracks(6)[0]) == dict.fromkeys(range(12), True)
 
 
 # ---------------------------------------------------------------------- a running function stalls
 
 
 @pytest.mark.parametrize("is_busy", [False, True])
-def test_a_running_function_is_not_waited_for(desk: Desk, hold: Hold, *, is_busy: bool) -> None:
+def test_a_running_function_is_not_waited_for(
+    harness: TaskHarness, hold: Hold, *, is_busy: bool
+) -> None:
     """Neither for its answer nor for the pause before a repeat; what was found is written."""
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     function = FunctionStub()
 
     def stall_at_sixth(body: Json) -> tuple[int, Any]:
@@ -278,9 +250,9 @@ def test_a_running_function_is_not_waited_for(desk: Desk, hold: Hold, *, is_busy
             RemoteTrackingClient(function.url, pause=lambda _: hold.interrupt_and_wait())
         ) as client,
     ):
-        code = desk.track(client=client)
+        code = harness.track(client=client)
         was_held = hold.end()
 
     assert was_held
     assert code == 130
-    assert visible(desk.server.tracks(6)[0]) == dict.fromkeys(range(5), True) | {5: False}
+    assert visible(harness.server.tracks(6)[0]) == dict.fromkeys(range(5), True) | {5: False}

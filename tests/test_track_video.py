@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -34,6 +31,7 @@ from testbed.drawn_frames import blob_mask, jpeg_frames
 from testbed.functions import Replica
 from tests.function_stub import FunctionStub, Json, started_at
 from tests.reference import write_frames
+from tests.stalls import Hold
 from tests.test_replicas import start_replicas
 from tracker import TrackedObject
 
@@ -204,29 +202,25 @@ def test_interrupting_does_not_wait_for_a_running_function(
     tmp_path: Path, *, is_busy: bool
 ) -> None:
     """Neither for its answer nor for the pause before a repeat; what is done is kept."""
-    hold = threading.Event()
+    hold = Hold()
     function = FunctionStub()
 
     def interrupt_at_third(body: Json) -> tuple[int, Any]:
         if len(function.bodies) < 3:
             return 200, started_at(body)
         if not is_busy:
-            os.kill(os.getpid(), signal.SIGINT)
-            hold.wait()
+            hold.interrupt_and_wait()
         return 503, {"error": "busy"}
-
-    def interrupted_pause(_: float) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        hold.wait()
 
     function.answer = interrupt_at_third
     with (
         function,
-        closing(RemoteTrackingClient(function.url, pause=interrupted_pause)) as client,
+        closing(
+            RemoteTrackingClient(function.url, pause=lambda _: hold.interrupt_and_wait())
+        ) as client,
     ):
         summary = track_clip(LongClip(20), [SQUARE], client, tmp_path)
-        was_held = not hold.is_set()
-        hold.set()
+        was_held = hold.end()
     found = json.loads((tmp_path / "tracks.json").read_text())["annotations"]
 
     assert was_held

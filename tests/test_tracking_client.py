@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
@@ -18,6 +17,7 @@ from shapes import Shape, ShapeType
 from state_token import StateToken
 from testbed.redis_server import free_port
 from tests.function_stub import FunctionStub, started_at
+from tests.stalls import unanswered_url
 
 FRAME = Image.new("RGB", (8, 8))
 SQUARE = Shape(ShapeType.POLYGON, [0.0, 0.0, 4.0, 0.0, 4.0, 4.0])
@@ -158,21 +158,11 @@ def test_a_host_that_does_not_answer_is_given_up_after_one_try(
     """A connection that hangs is no sign of a restart."""
     monkeypatch.setattr(tracking_client, "CONNECT_TIMEOUT_S", 0.05)
     pauses: list[float] = []
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        address = listener.getsockname()
-        # Fill the queue of connections that nobody accepts: the next one hangs.
-        waiting = [socket.socket() for _ in range(8)]
-        for connection in waiting:
-            connection.setblocking(False)  # noqa: FBT003  # the name of its parameter is `flag`
-            connection.connect_ex(address)
-        try:
-            with pytest.raises(TrackerError, match=r"takes no connection within 0\.05 s"):
-                track(f"http://127.0.0.1:{address[1]}", pauses)
-        finally:
-            for connection in waiting:
-                connection.close()
+    with (
+        unanswered_url() as url,
+        pytest.raises(TrackerError, match=r"takes no connection within 0\.05 s"),
+    ):
+        track(url, pauses)
 
     assert pauses == []
 

@@ -85,7 +85,7 @@ def moved_by(shape_type: str, points: Sequence[float], distance: int) -> list[fl
     return points
 
 
-class Desk:
+class TaskHarness:
     """A server and the command on it, with an client in the place of the model."""
 
     def __init__(self, server: CvatServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,9 @@ class Desk:
 
 
 @pytest.fixture
-def desk_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[Task], Desk]]:
+def harness_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[[Task], TaskHarness]]:
     """Serve a task; journals lie in a folder of the test, and repeats do not wait."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
@@ -113,11 +115,11 @@ def desk_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calla
     monkeypatch.setattr(connection, "RETRY_WAIT", wait_none())
     running = []
 
-    def serve(task: Task) -> Desk:
+    def serve(task: Task) -> TaskHarness:
         server = CvatServer(task)
         server.__enter__()
         running.append(server)
-        return Desk(server, monkeypatch)
+        return TaskHarness(server, monkeypatch)
 
     yield serve
     for server in running:
@@ -125,9 +127,9 @@ def desk_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calla
 
 
 @pytest.fixture
-def desk(desk_with: Callable[[Task], Desk]) -> Desk:
+def harness(harness_for: Callable[[Task], TaskHarness]) -> TaskHarness:
     """A task of one job of 12 frames in chunks of 4."""
-    return desk_with(Task(frames_of(12)))
+    return harness_for(Task(frames_of(12)))
 
 
 def shape(
