@@ -1,7 +1,6 @@
-"""Track objects through a job or a task on a CVAT server, from the command line.
+"""Track objects through a job or a task on a CVAT server.
 
-Owns the command line; the rooms behind it are in `cvat_task/`. It needs more than the function: see
-`requirements-task.txt`.
+The command line; the work is done in `cvat_task/`. It needs `requirements-task.txt`.
 """
 
 from __future__ import annotations
@@ -10,11 +9,9 @@ import argparse
 import logging
 import os
 import re
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,29 +21,13 @@ from cvat_sdk.core.auth import configure_client_auth_arguments
 
 from clips.tracking_client import open_tracking_client
 from cvat_task.connection import CvatConnection, CvatError
-from cvat_task.job_writer import Journal
+from cvat_task.interrupts import Interrupts
+from cvat_task.journal import Journal
 from cvat_task.loop import run
 from cvat_task.plan import BATCH_FRAMES, RunOptions, describe, make_plan
 from errors import SettingsError, TrackerError
 
 EXIT_INTERRUPTED = 130
-
-
-@contextmanager
-def _stop_on_interrupt() -> Iterator[threading.Event]:
-    """Give an event that Ctrl-C sets; a second Ctrl-C ends the program at once."""
-    stop = threading.Event()
-
-    def ask(*_: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,21 +89,15 @@ def _object_names(text: str) -> tuple[str, ...]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     options = _parser().parse_args(arguments)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it tells of each repeated request
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns of each repeated request
     if options.insecure:
         urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-    request = RunOptions(
-        from_frame=options.from_frame,
-        to_frame=options.to_frame,
-        objects=options.objects,
-        label=options.label,
-        backwards=options.backwards,
-        every=options.keyframe_every,
-        batch=options.batch,
-    )
     try:
-        with _stop_on_interrupt() as stop, closing(CvatConnection(options)) as server:
-            return _main(server, options, request, stop)
+        with (
+            Interrupts() as interrupts,
+            closing(CvatConnection(options, pause=interrupts.sleep)) as server,
+        ):
+            return _run(server, options, interrupts)
     except CvatError as err:
         print(f"track_task: {err}", file=sys.stderr)
         return err.exit_code
@@ -134,27 +109,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _main(
-    server: CvatConnection, options: argparse.Namespace, request: RunOptions, stop: threading.Event
-) -> int:
-    asked = asdict(request) | {"server": server.url, "job": options.job, "task": options.task}
-    asked["objects"] = list(request.objects)  # as JSON gives it back
-    del asked["batch"]  # how often is written, not what
-    journal = Journal(platformdirs.user_state_path("sam2-cvat-tracker"), asked)
+def _run(server: CvatConnection, options: argparse.Namespace, interrupts: Interrupts) -> int:
+    run_options = RunOptions(
+        from_frame=options.from_frame,
+        to_frame=options.to_frame,
+        objects=options.objects,
+        label=options.label,
+        backwards=options.backwards,
+        keyframe_interval=options.keyframe_every,
+        batch_frames=options.batch,
+    )
+    command = asdict(run_options) | {
+        "server": server.url,
+        "job": options.job,
+        "task": options.task,
+        "objects": list(options.objects),  # as JSON gives it back
+    }
+    del command["batch_frames"]  # another batch size is no other command
+    journal = Journal(platformdirs.user_state_path("sam2-cvat-tracker"), command)
     job_ids = [options.job] if options.task is None else server.task_jobs(options.task)
     plan = make_plan(
-        server, job_ids, request, journal, restart=options.restart, dry=options.dry_run
+        server, job_ids, run_options, journal, restart=options.restart, dry=options.dry_run
     )
-    print("\n".join(describe(plan, request)), flush=True)
+    print("\n".join(describe(plan, run_options)), flush=True)
     if options.dry_run:
         return 0
     with closing(open_tracking_client(options.url, os.environ)) as client:
-        outcome = run(server, plan, request, client, journal, out=options.out, stop=stop)
-    rate = outcome.frames / outcome.seconds if outcome.seconds else 0.0
-    print(f"{outcome.frames} frames tracked in {outcome.seconds:.0f} s, {rate:.2f} frames/s")
-    for one in plan.objects:
-        print(f"{one.name}: lost on {outcome.lost[one.name]} of {outcome.frames} frames")
-    if outcome.interrupted:
+        summary = run(
+            server, plan, run_options, client, journal, out=options.out, interrupts=interrupts
+        )
+    rate = summary.frames / summary.seconds if summary.seconds else 0.0
+    print(f"{summary.frames} frames tracked in {summary.seconds:.0f} s, {rate:.2f} frames/s")
+    for obj in plan.objects:
+        name = obj.spec.name
+        print(f"{name}: lost on {summary.lost[name]} of {summary.frames} frames")
+    if summary.interrupted:
         print("interrupted: what was tracked is written; the same command goes on from here")
         return EXIT_INTERRUPTED
     return 0

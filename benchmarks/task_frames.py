@@ -36,7 +36,7 @@ from benchmarks.harness import add_common_options, make_result, model_environmen
 from clips.reader import open_clip
 from clips.tracking_client import TrackingClient, open_tracking_client
 from cvat_task.connection import CvatConnection
-from cvat_task.job_writer import Journal
+from cvat_task.journal import Journal
 from cvat_task.loop import run
 from cvat_task.plan import RunOptions, make_plan
 from images import decode_image

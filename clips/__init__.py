@@ -1,1 +1,1 @@
-"""Video files and image folders: reading, tracking and writing results."""
+"""Track objects through video files and folders of images; `track_video.py` is the command line."""

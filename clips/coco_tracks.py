@@ -1,4 +1,4 @@
-"""Owns `tracks.json`, masks of tracks in COCO's style; knows nothing of where they come from.
+"""Write `tracks.json`: masks of tracks in the style of COCO.
 
 The layout is COCO's for instances (https://cocodataset.org/#format-data) with a video's two
 additions: `track_id` in every annotation, and the clip's frames as `images`.
@@ -18,7 +18,7 @@ from shapes import Mask, SizeHW
 
 
 class CocoTracksWriter:
-    """Writes annotations one by one, so that memory does not grow with the clip.
+    """Writes each annotation at once, so that memory does not grow with the clip.
 
     Args:
         path: The file to write.
@@ -43,7 +43,7 @@ class CocoTracksWriter:
         self._size_hw = size_hw
 
     def add(self, track: int, frame: int, mask: Mask, score: float | None) -> None:
-        """Add one object on one frame.
+        """Add an object on a frame.
 
         Args:
             track: Index of the track.
@@ -68,7 +68,7 @@ class CocoTracksWriter:
         self._file.write((",\n" if self._count > 1 else "\n") + json.dumps(annotation))
 
     def close(self) -> None:
-        """End the file."""
+        """Complete the file."""
         height, width = self._size_hw
         images = [{"id": id_, "height": height, "width": width} for id_ in sorted(self._frames)]
         self._file.write('\n], "images": ' + json.dumps(images) + "}\n")

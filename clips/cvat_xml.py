@@ -1,4 +1,4 @@
-"""Owns the file format *CVAT for video 1.1*: prompts out of it, tracks into it; tracks nothing.
+"""Read and write *CVAT for video 1.1* XML: initial shapes in, tracks out.
 
 Source of the element and attribute names: CVAT, `cvat/apps/dataset_manager/formats/cvat.py`.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError, tostring  # only to write
 
 import defusedxml.ElementTree
 from defusedxml import DefusedXmlException
 
+from clips.initial_shape import InitialShape
 from errors import BadRequestError
 from shapes import Shape, ShapeType
 
@@ -25,22 +25,13 @@ _TYPES = {
 }
 
 
-@dataclass(frozen=True)
-class InitialShape:
-    """What the annotator drew: one object on one frame."""
-
-    label: str
-    shape: Shape
-    frame: int
-
-
 def read_cvat_xml(path: Path) -> list[InitialShape]:
-    """Read the first visible shape of every track as a prompt.
+    """Read the first visible shape of every track.
 
     Raises:
         BadRequestError: The file is not a *CVAT for video* file.
     """
-    prompts = []
+    initial_shapes = []
     group_starts: dict[str, int] = {}
     try:
         root = defusedxml.ElementTree.fromstring(path.read_bytes())
@@ -52,23 +43,24 @@ def read_cvat_xml(path: Path) -> list[InitialShape]:
             frame, group = int(visible[0].attrib["frame"]), track.get("group_id", "0")
             is_grouped_mask = visible[0].tag == "mask" and group != "0"
             if is_grouped_mask and group_starts.setdefault(group, frame) < frame:
-                continue  # a mask's later frames are tracks of the same group, see below
+                continue  # a mask's later frames are tracks of the same group, see `_Track.add`
             shape = Shape(_TYPES[visible[0].tag], _read_points(visible[0]))
-            prompts.append(InitialShape(track.attrib["label"], shape, frame))
+            initial_shapes.append(InitialShape(track.attrib["label"], shape, frame))
     except (ParseError, DefusedXmlException, KeyError, ValueError) as err:
         raise BadRequestError(f"{path} is not a CVAT for video 1.1 file: {err!r}") from err
-    if not prompts:
+    if not initial_shapes:
         raise BadRequestError(f"{path} has no track with a mask, polygon, box or ellipse")
-    return prompts
+    return initial_shapes
 
 
 class CvatXmlWriter:
-    """Writes tracks as they grow; only frame numbers are held in memory.
+    """Writes tracks frame by frame; only frame numbers are held in memory.
 
     Args:
         path: The file to write.
         labels: One per track.
-        frame_count: Frames of the clip: a track that ends earlier is closed with `outside`.
+        frame_count: Frames of the clip: a track that ends earlier is closed by a keyframe
+            with `outside`.
     """
 
     def __init__(self, path: Path, labels: Sequence[str], frame_count: int) -> None:
@@ -77,11 +69,11 @@ class CvatXmlWriter:
         self._tracks = [_Track(index, label) for index, label in enumerate(labels)]
 
     def add(self, track: int, frame: int, shape: Shape, *, outside: bool = False) -> None:
-        """Add a keyframe; frames of a track come all rising or all falling."""
+        """Add a keyframe. A track's frames must come in ascending or in descending order."""
         self._tracks[track].add(frame, shape, outside=outside)
 
     def close(self) -> None:
-        """Put the file together."""
+        """Write the file."""
         with self._path.open("w", encoding="utf-8") as file:
             file.write('<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n')
             file.write("<version>1.1</version>\n")
@@ -91,34 +83,34 @@ class CvatXmlWriter:
 
 
 class _Track:
-    """One track's elements, kept in a temporary file."""
+    """One track's elements, in a temporary file until the end."""
 
     def __init__(self, index: int, label: str) -> None:
         self._attributes = {"id": str(index), "label": label, "source": "semi-auto"}
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  # closed by finish
         self._frames: list[int] = []
         self._offsets: list[int] = []  # of the frames' lines in the file
-        self._latest: tuple[int, Shape, bool] | None = None  # the one highest up in the clip
+        self._latest: tuple[int, Shape, bool] | None = None  # of the greatest frame
 
     def add(self, frame: int, shape: Shape, *, outside: bool) -> None:
         if self._latest is None or frame > self._latest[0]:
             self._latest = (frame, shape, outside)
         element = _shape_element(frame, shape, outside=outside)
         if shape.type is ShapeType.MASK:
-            # CVAT has no mask tracks: from a track it imports only the first mask. So every frame
-            # gets a track element of its own, and a group holds them together.
+            # CVAT has no mask tracks: it imports only the first mask of a track. So every frame
+            # gets a track element of its own, and they share a group.
             if outside:
                 return
             group = str(int(self._attributes["id"]) + 1)
-            alone = Element("track", self._attributes | {"group_id": group})
-            alone.append(element)
-            element = alone
+            track = Element("track", self._attributes | {"group_id": group})
+            track.append(element)
+            element = track
         self._frames.append(frame)
         self._offsets.append(self._file.tell())
         self._file.write(tostring(element) + b"\n")
 
     def finish(self, frame_count: int) -> Iterator[str]:
-        """Give the track's lines in the order of the clip."""
+        """Yield the track's lines, ascending by frame, and delete the temporary file."""
         if self._latest is None:
             return
         frame, shape, outside = self._latest

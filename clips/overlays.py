@@ -1,4 +1,4 @@
-"""Owns what people look at: frames with masks drawn in, as a video and as a contact sheet."""
+"""Draw masks into frames, and write these as a video or as a contact sheet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shapes import Mask, SizeHW, mask_to_box
 
 Picture = npt.NDArray[np.uint8]  # (H, W, 3), RGB
 
-# Colours that stay apart for people with the common kinds of colour blindness: Okabe and Ito,
+# Colours that people with the common kinds of colour blindness can tell apart: Okabe and Ito,
 # "Color Universal Design", 2008. RGB.
 COLORS = (
     (230, 159, 0),
@@ -29,7 +29,7 @@ SHEET_TILE_WIDTH = 480
 
 
 def draw_masks(frame: Picture, masks: Mapping[int, Mask], labels: Sequence[str]) -> Picture:
-    """Return the frame with each track's mask tinted, outlined and named.
+    """Return a copy of the frame with each track's mask tinted, outlined and labelled.
 
     Args:
         frame: RGB `(H, W, 3)`, uint8.
@@ -66,16 +66,16 @@ class OverlayWriter:
             raise BadRequestError(f"{path} cannot be written as a video")
 
     def add(self, picture: Picture) -> None:
-        """Add one drawn frame, RGB."""
+        """Add a drawn frame, RGB."""
         self._writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
 
     def close(self) -> None:
-        """End the file."""
+        """Complete the file."""
         self._writer.release()
 
 
 class ContactSheet:
-    """Collects a few drawn frames and lays them out on one page.
+    """Lays out a few drawn frames on one page.
 
     Args:
         path: The PNG to write.
@@ -88,7 +88,7 @@ class ContactSheet:
         self._tiles: list[Picture] = []
 
     def add(self, frame: int, picture: Picture) -> None:
-        """Keep a drawn frame if it is one to show."""
+        """Add a drawn frame, RGB, if its number is among those to show."""
         if frame not in self._frames:
             return
         height = round(SHEET_TILE_WIDTH * picture.shape[0] / picture.shape[1])
@@ -98,7 +98,7 @@ class ContactSheet:
         self._tiles.append(tile)
 
     def close(self) -> None:
-        """Write the page, if there is anything on it."""
+        """Write the page, unless it is empty."""
         if not self._tiles:
             return
         blank = np.zeros_like(self._tiles[0])
@@ -110,5 +110,5 @@ class ContactSheet:
 
 
 def _write(picture: Picture, text: str, at_xy: tuple[int, int], color: Sequence[int]) -> None:
-    for shade, width in (((0, 0, 0), 3), (color, 1)):  # dark rim: readable on any ground
+    for shade, width in (((0, 0, 0), 3), (color, 1)):  # dark rim: readable on any background
         cv2.putText(picture, text, at_xy, cv2.FONT_HERSHEY_SIMPLEX, 0.5, shade, width, cv2.LINE_AA)

@@ -1,4 +1,4 @@
-"""Owns reading clips, video files and folders of images, frame by frame; tracks nothing."""
+"""Read clips, video files or folders of images, frame by frame."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Clip(Protocol):
     """Frames numbered from 0.
 
     Attributes:
-        frame_count: How many there are; of a video file what its header says.
+        frame_count: Number of frames; of a video file, what its header says.
         fps: Frames per second.
     """
 
@@ -32,7 +32,7 @@ class Clip(Protocol):
     fps: float
 
     def frames(self, first: int, last: int) -> Iterator[tuple[int, Image.Image]]:
-        """Give frame numbers and RGB frames from first to last, backwards if last < first."""
+        """Yield frame numbers and RGB frames from first to last, backwards if last < first."""
 
 
 def open_clip(path: Path) -> Clip:
@@ -74,13 +74,13 @@ class _Video:
         if first <= last:
             yield from self._forwards(first, last)
             return
-        # Seeking is not exact in many codecs. Decode once, keep the frames on disk, go back.
+        # Seeking is not exact in many codecs: decode forwards, keep the frames on disk.
         with tempfile.TemporaryDirectory() as folder:
             for number, frame in self._forwards(last, first):
                 frame.save(Path(folder, f"{number}.png"), compress_level=1)
             for number in range(first, last - 1, -1):
                 file = Path(folder, f"{number}.png")
-                if file.exists():  # the header may promise more frames than there are
+                if file.exists():  # the header may promise more frames than the file has
                     with Image.open(file) as image:
                         yield number, image.convert("RGB")
 
@@ -98,6 +98,6 @@ class _Video:
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts frame10 behind frame9."""
+    """Return a sort key that puts frame10 after frame9."""
     parts = re.findall(r"\d+|\D+", name)
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

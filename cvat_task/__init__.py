@@ -1,1 +1,1 @@
-"""Tracking a job or task of a CVAT server: the rooms behind `track_task.py`."""
+"""Track objects in a job or task of a CVAT server; `track_task.py` is the command line."""

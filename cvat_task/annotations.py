@@ -1,7 +1,6 @@
-"""Owns what is written to CVAT for a followed object, as the action in CVAT's UI writes it.
+"""Build the tracks and shapes that are written to CVAT, as the action in CVAT's UI builds them.
 
-`cvat_ui/README.md`, "Use it", has the rules for annotators. Works on CVAT's own JSON and knows
-nothing about servers, models or pixels.
+`cvat_ui/README.md`, "Use it", has the rules for annotators. Input and output are CVAT's own JSON.
 """
 
 from __future__ import annotations
@@ -10,10 +9,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from cvat_task.followed_objects import SOURCE, Followed, Found, Label, overlap, series
+from cvat_task.followed_object import SOURCE, FollowedObject, ObjectProgress, TrackedPosition
+from cvat_task.job import Label
 from cvat_task.keyframes import Json, ascending, covering, is_outside, merge_attributes
+from cvat_task.shape_matching import box_iou, series_of
 
-LISTS = ("shapes", "tracks")  # what of a job's annotations is followed and written
+LISTS = ("shapes", "tracks")  # the lists of a job's annotations that are followed and written
 
 
 def empty() -> Json:
@@ -24,61 +25,70 @@ def empty() -> Json:
 def largest_group(annotations: Json) -> int:
     """Return the largest group number in use; 0 when there are no groups."""
     names = ("tags", *LISTS)
-    return max((one["group"] or 0 for name in names for one in annotations[name]), default=0)
+    return max((obj["group"] or 0 for name in names for obj in annotations[name]), default=0)
 
 
 # ------------------------------------------------------------------ results as tracks
 
 
 def build_track(
-    one: Followed, labels: Mapping[int, Label], *, every: int, next_frame: int | None
+    obj: FollowedObject,
+    labels: Mapping[int, Label],
+    *,
+    keyframe_interval: int,
+    next_frame: int | None,
 ) -> Json | None:
-    """Return the object's track with what was found since the last one was written.
+    """Return the object's track with what was found since it was written last.
 
     Args:
-        one: What was found replaces the keyframes from its first to its last frame.
+        obj: What was found replaces the keyframes from its first to its last frame.
         labels: The job's labels by id.
-        every: Keep every so many-th keyframe; where the object is lost or found, and where the
-            earlier track changes something else than its place, there are more.
+        keyframe_interval: Every how many frames a keyframe is written. There are more where the
+            object is lost or found again, and where a keyframe of the earlier track changes
+            something else than the position.
         next_frame: The job's first frame behind all that was tracked; None at its end.
 
     Returns:
         The track to create, or None while the object has not been seen in this job.
     """
-    touched = [found.frame for found in one.found]
-    if one.start is not None:
-        touched.append(one.start["frame"])
+    spec, progress = obj.spec, obj.progress
+    start = progress.done_keyframe
+    touched = [position.frame for position in progress.unwritten]
+    if start is not None:
+        touched.append(start["frame"])
     first, last = min(touched), max(touched)
-    kept = [key for key in one.keyframes if not first <= key["frame"] <= last]
-    made = [_found_keyframe(one, found) for found in _thin_out(one, every, sorted(touched))]
-    keyframes = ascending([*kept, *_start_keyframe(one), *made])
+    remaining = [key for key in progress.keyframes if not first <= key["frame"] <= last]
+    thinned = _thin_out(obj, keyframe_interval, sorted(touched))
+    made = [_as_keyframe(obj, position) for position in thinned]
+    keyframes = ascending([*remaining, *_start_keyframe(progress), *made])
     keyframes = [{**key, "attributes": list(key["attributes"])} for key in keyframes]
     while keyframes and keyframes[0]["outside"]:  # a track begins where the object is seen
         del keyframes[0]
     if not keyframes:
         return None
-    _carry_attributes(one.keyframes or [one.place], keyframes)
+    _carry_attributes(progress.keyframes or [spec.initial_keyframe], keyframes)
 
     end = covering(keyframes, last)
-    ended = one.kind == "shapes" or one.standing is None
     if (
         next_frame is not None
         and end is not None
         and not end["outside"]
-        and (ended or is_outside(one.keyframes, next_frame))
+        and (not progress.has_track or is_outside(progress.keyframes, next_frame))
         and all(key["frame"] != next_frame for key in keyframes)
     ):
         keyframes = ascending(
             [*keyframes, {**end, "frame": next_frame, "outside": True, "attributes": []}]
         )
-    mutable = labels[one.like["label_id"]].mutable
+    mutable = labels[spec.template["label_id"]].mutable
     return {
         "frame": keyframes[0]["frame"],
-        "label_id": one.like["label_id"],
-        "group": one.like["group"] or 0,
+        "label_id": spec.template["label_id"],
+        "group": spec.template["group"] or 0,
         "source": SOURCE,
         "attributes": [
-            attribute for attribute in one.like["attributes"] if attribute["spec_id"] not in mutable
+            attribute
+            for attribute in spec.template["attributes"]
+            if attribute["spec_id"] not in mutable
         ],
         "elements": [],
         "shapes": [
@@ -87,38 +97,51 @@ def build_track(
     }
 
 
-def _start_keyframe(one: Followed) -> list[Json]:
+def _start_keyframe(progress: ObjectProgress) -> list[Json]:
     """Return the keyframe that tracking began with, if any.
 
     Between two keyframes it is interpolated and lists no attributes, as in CVAT's UI: a listed
     attribute would no longer follow a later change of an earlier keyframe.
     """
-    if one.start is None:
+    start = progress.done_keyframe
+    if start is None:
         return []
-    frame = one.start["frame"]
-    existing = next((key for key in one.keyframes if key["frame"] == frame), None)
-    return [existing or one.start | {"attributes": []}]
+    existing = next((key for key in progress.keyframes if key["frame"] == start["frame"]), None)
+    return [existing or start | {"attributes": []}]
 
 
-def _thin_out(one: Followed, every: int, touched: Sequence[int]) -> list[Found]:
-    kept = []
-    start_seen = one.start is not None and not one.start["outside"]
+def _thin_out(
+    obj: FollowedObject, keyframe_interval: int, touched: Sequence[int]
+) -> list[TrackedPosition]:
+    """Return those of the unwritten positions that become keyframes.
+
+    Args:
+        obj: The object.
+        keyframe_interval: See `build_track`.
+        touched: Frames of the unwritten positions and of the keyframe before them, ascending. A
+            change on a frame between them, which was skipped, counts on the next one.
+    """
+    start, positions = obj.progress.done_keyframe, obj.progress.unwritten
     changed = {
         next((frame for frame in touched if frame >= change), None)
-        for change in _change_frames(one.keyframes)
+        for change in _change_frames(obj.progress.keyframes)
         if change >= touched[0]
     }
-    for index, found in enumerate(one.found):
-        before = one.found[index - 1].visible if index else start_seen
-        after = one.found[min(index + 1, len(one.found) - 1)].visible
+    thinned = []
+    for index, position in enumerate(positions):
+        if index > 0:
+            was_visible = positions[index - 1].visible
+        else:
+            was_visible = start is not None and not start["outside"]
+        will_be_visible = positions[min(index + 1, len(positions) - 1)].visible
         if (
-            (index + 1) % every == 0
-            or index == len(one.found) - 1
-            or not before == found.visible == after
-            or found.frame in changed
+            (index + 1) % keyframe_interval == 0
+            or index == len(positions) - 1
+            or not was_visible == position.visible == will_be_visible
+            or position.frame in changed
         ):
-            kept.append(found)
-    return kept
+            thinned.append(position)
+    return thinned
 
 
 def _change_frames(keyframes: Sequence[Json]) -> list[int]:
@@ -140,29 +163,33 @@ def _change_frames(keyframes: Sequence[Json]) -> list[int]:
     return frames
 
 
-def _found_keyframe(one: Followed, found: Found) -> Json:
-    like = covering(one.keyframes, found.frame) or (one.keyframes or [one.place])[0]
+def _as_keyframe(obj: FollowedObject, position: TrackedPosition) -> Json:
+    """Return a found position as a keyframe, with the flags that hold on its frame."""
+    keyframes = obj.progress.keyframes or [obj.spec.initial_keyframe]
+    flags = covering(keyframes, position.frame) or keyframes[0]
     return {
-        "type": one.type,
-        "frame": found.frame,
-        "points": found.points,
+        "type": obj.spec.shape_type,
+        "frame": position.frame,
+        "points": position.points,
         "rotation": 0,
-        "occluded": like.get("occluded", False),
-        "outside": not found.visible,
-        "z_order": like.get("z_order", 0),
+        "occluded": flags.get("occluded", False),
+        "outside": not position.visible,
+        "z_order": flags.get("z_order", 0),
         "attributes": [],
     }
 
 
 def _carry_attributes(earlier: Sequence[Json], keyframes: Sequence[Json]) -> None:
-    """Hand the attributes of keyframes that are gone on to the next one; changes `keyframes`.
+    """Move the attributes of replaced keyframes to the next keyframe; changes `keyframes`.
 
-    Attributes hold from their keyframe on, and what the object began with from its new beginning.
+    Attributes hold from their keyframe on, and those of the first keyframe from a new beginning.
     """
-    for gone in reversed(earlier):
-        heir = next((key for key in keyframes if key["frame"] >= gone["frame"]), None)
-        if heir is not None:
-            heir["attributes"] = merge_attributes(gone["attributes"], heir["attributes"])
+    for replaced in reversed(earlier):
+        successor = next((key for key in keyframes if key["frame"] >= replaced["frame"]), None)
+        if successor is not None:
+            successor["attributes"] = merge_attributes(
+                replaced["attributes"], successor["attributes"]
+            )
     if earlier and keyframes[0]["frame"] < earlier[0]["frame"]:
         keyframes[0]["attributes"] = list(earlier[0]["attributes"])
 
@@ -170,117 +197,127 @@ def _carry_attributes(earlier: Sequence[Json], keyframes: Sequence[Json]) -> Non
 # ------------------------------------------------------------------ results as one shape per frame
 
 
-def build_shapes(one: Followed, occupied: Iterable[int]) -> list[Json]:
+def build_shapes(obj: FollowedObject, occupied: Iterable[int]) -> list[Json]:
     """Return a shape for each frame the object was found on, in the object's group.
 
     Args:
-        one: The object; its group is already chosen.
-        occupied: Frames to leave alone, because somebody's own shape of the object is there.
+        obj: The object; its group is already chosen.
+        occupied: Frames to skip, because somebody's own shape of the object is there.
     """
-    taken = set(occupied)
-    made = {"rotation": 0, "source": SOURCE, "group": one.group}
+    template, progress = obj.spec.template, obj.progress
+    skipped = set(occupied)
+    made = {"rotation": 0, "source": SOURCE, "group": progress.group}
     shapes = [
-        copy_of(one.like) | made | {"frame": found.frame, "points": found.points}
-        for found in one.found
-        if found.visible and found.frame not in taken
+        without_ids(template) | made | {"frame": position.frame, "points": position.points}
+        for position in progress.unwritten
+        if position.visible and position.frame not in skipped
     ]
-    if shapes and one.standing is not None and not one.like["group"]:
-        shapes.insert(0, copy_of(one.like) | {"group": one.group})
+    if shapes and progress.existing is not None and not template["group"]:
+        shapes.insert(0, without_ids(template) | {"group": progress.group})
     return shapes
 
 
-def copy_of(one: Json) -> Json:
+def without_ids(obj: Json) -> Json:
     """Return a shape or track as CVAT takes it for a new one: without ids and empty fields."""
     return {
-        name: [copy_of(key) for key in value] if name in {"shapes", "elements"} else value
-        for name, value in one.items()
+        name: [without_ids(part) for part in value] if name in {"shapes", "elements"} else value
+        for name, value in obj.items()
         if name != "id" and value is not None
     }
 
 
 def earlier_shapes(
-    objects: Sequence[Followed], shapes: Sequence[Json]
+    objects: Sequence[FollowedObject], shapes: Sequence[Json]
 ) -> tuple[list[Json], dict[int, set[int]]]:
     """Find what earlier runs left on the frames that were tracked now.
 
     Args:
-        objects: Those whose group was there before the run count.
-        shapes: The job's shapes, as they stood when the run began.
+        objects: Only those are regarded whose group existed before the run.
+        shapes: The job's shapes, as they were when the run began.
 
     Returns:
-        Shapes to delete, made by tracking, and for the index of each object the frames to leave
-        alone because a person's shape is there.
+        Shapes to delete, made by tracking; and by the index of each object the frames to skip
+        because a person's shape is there.
     """
     members: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    for index, one in enumerate(objects):
-        if one.alike:
-            members[one.group, one.like["label_id"], one.type].append(index)
-    there = defaultdict(list)
+    for index, obj in enumerate(objects):
+        if obj.spec.earlier_shapes_per_frame:
+            series = obj.progress.group, obj.spec.template["label_id"], obj.spec.shape_type
+            members[series].append(index)
+    by_series_and_frame = defaultdict(list)
     for shape in shapes:
-        if series(shape) in members:
-            there[series(shape), shape["frame"]].append(shape)
+        if series_of(shape) in members:
+            by_series_and_frame[series_of(shape), shape["frame"]].append(shape)
     deleted: list[Json] = []
     occupied: dict[int, set[int]] = defaultdict(set)
-    for (key, frame), earlier in there.items():
-        places = {
-            index: found.points
-            for index in members[key]
-            for found in objects[index].found
-            if found.frame == frame
+    for (series, frame), earlier in by_series_and_frame.items():
+        found = {
+            index: position.points
+            for index in members[series]
+            for position in objects[index].progress.unwritten
+            if position.frame == frame
         }
-        # More shapes than objects on a frame: some are not an earlier run's of these.
-        is_all = objects[members[key][0]].alike == len(places) >= len(earlier)
-        for position_, index in _match(earlier, places, is_all=is_all).items():
-            if earlier[position_]["source"] == SOURCE:
-                deleted.append(earlier[position_])
+        # More shapes than objects on a frame: some of them belong to other objects.
+        per_frame = objects[members[series][0]].spec.earlier_shapes_per_frame
+        is_complete = per_frame == len(found) >= len(earlier)
+        for number, index in _match(earlier, found, is_complete=is_complete).items():
+            if earlier[number]["source"] == SOURCE:
+                deleted.append(earlier[number])
             else:
                 occupied[index].add(frame)
     return deleted, occupied
 
 
 def _match(
-    earlier: Sequence[Json], places: Mapping[int, Sequence[float]], *, is_all: bool
+    earlier: Sequence[Json], found: Mapping[int, Sequence[float]], *, is_complete: bool
 ) -> dict[int, int]:
-    """Return for shapes, by position, the object each belongs to: that whose new one it overlaps.
+    """Match shapes to the objects whose new positions they overlap.
 
-    Shapes of alike objects that are not followed now stay, unless `is_all` says there are none.
+    Args:
+        earlier: Shapes of one series on a frame.
+        found: Points where the objects of that series were found, by index of the object.
+        is_complete: Whether the shapes can belong to no other objects. Those that overlap nothing
+            are then matched too.
+
+    Returns:
+        Indices of objects, by index of the shape.
     """
     pairs = sorted(
         (
-            (overlap(shape["type"], shape["points"], points), position_, index)
-            for position_, shape in enumerate(earlier)
-            for index, points in places.items()
+            (box_iou(shape["type"], shape["points"], points), number, index)
+            for number, shape in enumerate(earlier)
+            for index, points in found.items()
         ),
         key=lambda pair: -pair[0],
     )
     matched: dict[int, int] = {}
-    for share, position_, index in pairs:
-        if share > 0 and position_ not in matched and index not in matched.values():
-            matched[position_] = index
-    if is_all:
-        free = [index for index in places if index not in matched.values()]
-        rest = [position_ for position_ in range(len(earlier)) if position_ not in matched]
+    for iou, number, index in pairs:
+        if iou > 0 and number not in matched and index not in matched.values():
+            matched[number] = index
+    if is_complete:
+        free = [index for index in found if index not in matched.values()]
+        rest = [number for number in range(len(earlier)) if number not in matched]
         matched |= dict(zip(rest, free, strict=False))
     return matched
 
 
-# ------------------------------------------------------------------ the same object or not
+# ------------------------------------------------------------------ comparison
 
 
-def same(one: Json, other: Json) -> bool:
-    """Tell whether two shapes or tracks say the same, however the server completes them."""
-    return _essence(one) == _essence(other)
+def same(obj: Json, other: Json) -> bool:
+    """Tell whether two shapes or tracks look the same, however the server completes them."""
+    return _essence(obj) == _essence(other)
 
 
-def _essence(one: Json) -> Json:
-    """Return what annotators see: ids dropped, numbers as CVAT's UI rounds them."""
-    keyframes = ascending(one["shapes"]) if "shapes" in one else [one]
+def _essence(obj: Json) -> Json:
+    """Return what annotators see: without ids, numbers rounded as CVAT's UI does."""
+    is_track = "shapes" in obj
     values: dict[int, str] = {}
-    seen = []
-    for key in keyframes:
-        if "shapes" in one:
+    keyframes = []
+    for key in ascending(obj["shapes"]) if is_track else [obj]:
+        if is_track:
             values |= {attribute["spec_id"]: attribute["value"] for attribute in key["attributes"]}
-        seen.append(
+        keyframes.append(
             {
                 "frame": key["frame"],
                 "type": key["type"],
@@ -292,9 +329,9 @@ def _essence(one: Json) -> Json:
             | {"z_order": key.get("z_order", 0)}
         )
     return {
-        "label_id": one["label_id"],
-        "group": one.get("group") or 0,
-        "source": one["source"],
-        "attributes": {each["spec_id"]: each["value"] for each in one["attributes"]},
-        "keyframes": seen,
+        "label_id": obj["label_id"],
+        "group": obj.get("group") or 0,
+        "source": obj["source"],
+        "attributes": {attribute["spec_id"]: attribute["value"] for attribute in obj["attributes"]},
+        "keyframes": keyframes,
     }

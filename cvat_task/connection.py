@@ -1,18 +1,17 @@
-"""Owns talking to a CVAT server through `cvat-sdk`: jobs, chunks of frames, annotations, errors.
+"""Talk to a CVAT server through `cvat-sdk`: jobs, chunks of frames, annotations, errors.
 
-Answers stay CVAT's own JSON: the SDK's models check every number one by one, and those of another
-CVAT version than the SDK's may not fit. Knows nothing about tracking.
+Answers stay CVAT's own JSON: the SDK's models check every single number, which is slow, and may not
+fit the answers of another CVAT version.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 import urllib3
@@ -20,19 +19,22 @@ from cvat_sdk.core.auth import make_client_from_cli
 from cvat_sdk.core.client import Client
 from cvat_sdk.core.exceptions import CvatSdkException
 from cvat_sdk.exceptions import ApiException, OpenApiException
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from cvat_task.followed_objects import Label
+from cvat_task.job import Job, Label
 from cvat_task.keyframes import Json
 from errors import BadRequestError, TrackerError
 
-TIMEOUT_S = (10.0, 300.0)  # to connect; to wait for an answer, as a chunk may have to be made first
-# What may pass: too busy to make a chunk, restarting, behind a proxy that has lost it.
-PASSING = {429, 500, 502, 503, 504}
-RETRY_PAUSES_S = (1.0, 3.0, 9.0, 27.0)
+CONNECT_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 300.0  # the server may have to make a chunk first
+# Answers of a server that is too busy to make a chunk, restarts, or is lost to its proxy.
+TEMPORARY_STATUSES = {429, 500, 502, 503, 504}
+ATTEMPTS = 5
+RETRY_WAIT = wait_exponential(multiplier=1, exp_base=3)  # 1, 3, 9 and 27 seconds
 
 
 class CvatError(TrackerError):
-    """The server does not do what was asked; `exit_code` tells scripts why."""
+    """The server does not do what was asked; `exit_code` is the command's, for scripts."""
 
     exit_code: ClassVar[int] = 1
 
@@ -43,19 +45,19 @@ class LoginError(CvatError):
     exit_code = 3
 
 
-class NotThereError(CvatError):
+class NotFoundOnServerError(CvatError):
     """There is no such job or task, or it is not shown to this user."""
 
     exit_code = 4
 
 
-class NoRightError(CvatError):
+class ForbiddenError(CvatError):
     """This user may not do that."""
 
     exit_code = 5
 
 
-class ServerAwayError(CvatError):
+class ServerUnavailableError(CvatError):
     """The server cannot be reached, or fails."""
 
     exit_code = 6
@@ -67,55 +69,10 @@ class CertificateError(CvatError):
     exit_code = 7
 
 
-class RefusedError(CvatError):
-    """The server finds what was sent wrong."""
+class RejectedError(CvatError):
+    """The server rejects what was sent as wrong."""
 
     exit_code = 8
-
-
-@dataclass(frozen=True)
-class Job:
-    """A job and its frames.
-
-    Attributes:
-        id: The job's.
-        task_id: Its task's.
-        frames: Numbers of all its frames, ascending, as annotations count them; chunks hold the
-            frames in this order, `chunk_size` each.
-        deleted: Those an annotator has deleted.
-        honeypots: Those that show a frame of the validation set instead of their own.
-        sizes_hw: Height and width, of each of `frames` or one for all.
-        chunk_size: Frames per chunk.
-        is_video: Whether chunks are MP4 instead of ZIP files with images.
-        tracks_allowed: Whether it takes tracks; jobs with honeypots do not.
-        labels: By id.
-    """
-
-    id: int
-    task_id: int
-    frames: tuple[int, ...]
-    deleted: frozenset[int]
-    honeypots: frozenset[int]
-    sizes_hw: tuple[tuple[int, int], ...]
-    chunk_size: int
-    is_video: bool
-    tracks_allowed: bool
-    labels: dict[int, Label]
-
-    @cached_property
-    def usable(self) -> tuple[int, ...]:
-        """Frames to track on, ascending."""
-        skipped = self.deleted | self.honeypots
-        return tuple(frame for frame in self.frames if frame not in skipped)
-
-    @cached_property
-    def places(self) -> dict[int, int]:
-        """Where each frame is in the order of the chunks, by its number."""
-        return {frame: place for place, frame in enumerate(self.frames)}
-
-    def size_hw(self, frame: int) -> tuple[int, int]:
-        """Return a frame's height and width."""
-        return self.sizes_hw[0 if len(self.sizes_hw) == 1 else self.places[frame]]
 
 
 class CvatConnection:
@@ -124,15 +81,20 @@ class CvatConnection:
     Args:
         options: What `cvat_sdk.core.auth.configure_client_auth_arguments` reads from the command
             line.
+        pause: Waits some seconds before a request is repeated.
 
     Raises:
         CvatError: It cannot be reached or does not take the credentials.
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        with _worded("log in"):
+    def __init__(
+        self, options: argparse.Namespace, *, pause: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._pause = pause
+        with _translated("log in"):
+            _check_reachable(options)
             self._client: Client = make_client_from_cli(options)
-        # Repeating is decided in one place, `_call`; the SDK's own would hide the status.
+        # `retrying` decides about repeats; the SDK's own would hide the status.
         pools = self._client.api_client.rest_client.pool_manager
         pools.connection_pool_kw["retries"] = urllib3.Retry(
             total=None, connect=0, read=0, status=0, other=0, redirect=3
@@ -149,7 +111,7 @@ class CvatConnection:
         """Return a job.
 
         Raises:
-            CvatError: There is none of this id, or it cannot be read.
+            CvatError: There is no job with this id, or it cannot be read.
             BadRequestError: It has no two-dimensional frames.
         """
         job = self._json("GET", f"/api/jobs/{job_id}")
@@ -158,13 +120,15 @@ class CvatConnection:
         meta = self._json("GET", f"/api/jobs/{job_id}/data/meta")
         step = int(meta["frame_filter"].partition("step=")[2] or 1)
         count = job["stop_frame"] - job["start_frame"] + 1
-        # The numbers of the file, of which a task with a frame step has every so many-th.
+        # Numbers in the file; a task with a frame step has only every step-th frame of it.
         numbers = meta["included_frames"] or range(
             meta["start_frame"], meta["start_frame"] + count * step, step
         )
-        frames = sorted(job["start_frame"] + (one - meta["start_frame"]) // step for one in numbers)
-        sizes_hw = [(one["height"], one["width"]) for one in meta["frames"]]
-        if len(sizes_hw) > 1:  # those between the frames of a ground-truth job are there too
+        frames = sorted(
+            job["start_frame"] + (number - meta["start_frame"]) // step for number in numbers
+        )
+        sizes_hw = [(frame["height"], frame["width"]) for frame in meta["frames"]]
+        if len(sizes_hw) > 1:  # also of the frames that a ground-truth job leaves out
             sizes_hw = [sizes_hw[frame - job["start_frame"]] for frame in frames]
         has_honeypots = self._validation_mode(job["task_id"]) == "gt_pool"
         honeypots = (
@@ -185,7 +149,7 @@ class CvatConnection:
             labels={
                 label["id"]: Label(
                     label["name"],
-                    frozenset(one["id"] for one in label["attributes"] if one["mutable"]),
+                    frozenset(spec["id"] for spec in label["attributes"] if spec["mutable"]),
                 )
                 for label in self._pages("/api/labels", job_id=job_id)
             },
@@ -215,22 +179,35 @@ class CvatConnection:
     def create(self, job_id: int, annotations: Json) -> Json:
         """Add annotations, all or none, and return them with their ids.
 
-        It is not repeated when the server fails: it may have been done all the same.
+        It is not repeated when the server fails: the server may have added them all the same.
         """
         path = f"/api/jobs/{job_id}/annotations"
-        body = self._call("PATCH", path, {"action": "create"}, annotations, repeat=False)
+        body = self._call_once("PATCH", path, {"action": "create"}, annotations)
         return _decoded(body, path)
 
     def delete(self, job_id: int, annotations: Json) -> None:
-        """Delete annotations by their ids; what is gone already does not matter."""
+        """Delete annotations by their ids; those that are deleted already do not matter."""
         path = f"/api/jobs/{job_id}/annotations"
         self._call("PATCH", path, {"action": "delete"}, annotations)
+
+    def retrying(self) -> Retrying:
+        """Return how often and with which pauses a call of a failing server is repeated."""
+        return Retrying(
+            retry=retry_if_exception_type(ServerUnavailableError),
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=RETRY_WAIT,
+            sleep=self._pause,
+            reraise=True,
+        )
 
     def _validation_mode(self, task_id: int) -> str | None:
         if task_id not in self._validation_modes:
             try:
                 mode = self._json("GET", f"/api/tasks/{task_id}").get("validation_mode")
-            except (NoRightError, NotThereError):  # who annotates a job need not see its task
+            except (
+                ForbiddenError,
+                NotFoundOnServerError,
+            ):  # an annotator of the job may not see its task
                 mode = None
             self._validation_modes[task_id] = mode
         return self._validation_modes[task_id]
@@ -248,25 +225,12 @@ class CvatConnection:
             page += 1
 
     def _call(
-        self,
-        method: str,
-        path: str,
-        query: dict[str, Any],
-        body: Json | None = None,
-        *,
-        repeat: bool = True,
+        self, method: str, path: str, query: dict[str, Any], body: Json | None = None
     ) -> bytes:
-        for pause_s in (*(RETRY_PAUSES_S if repeat else ()), None):
-            try:
-                return self._call_once(method, path, query, body)
-            except ServerAwayError:
-                if pause_s is None:
-                    raise
-                time.sleep(pause_s)
-        raise AssertionError("unreachable")
+        return self.retrying()(self._call_once, method, path, query, body)
 
     def _call_once(self, method: str, path: str, query: dict[str, Any], body: Json | None) -> bytes:
-        with _worded(f"{method} {path}"):
+        with _translated(f"{method} {path}"):
             _, response = self._client.api_client.call_api(
                 path,
                 method,
@@ -275,7 +239,7 @@ class CvatConnection:
                 body=body,
                 _parse_response=False,
                 _check_status=False,
-                _request_timeout=TIMEOUT_S,
+                _request_timeout=(CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S),
             )
             data = bytes(response.data)
         if not 200 <= response.status < 300:
@@ -283,11 +247,31 @@ class CvatConnection:
         return data
 
 
+def _check_reachable(options: argparse.Namespace) -> None:
+    """Connect to the server and let go: the SDK has no time limit for logging in.
+
+    Where no server is named, the SDK takes that of a saved profile, which needs no logging in.
+    """
+    if options.server_host is None:
+        return
+    url = urllib3.util.parse_url(options.server_host)
+    port = getattr(options, "server_port", None) or url.port
+    port = port or (80 if url.scheme == "http" else 443)  # the SDK's default is HTTPS
+    try:
+        socket.create_connection(((url.host or "").strip("[]"), port), CONNECT_TIMEOUT_S).close()
+    except OSError as err:
+        raise ServerUnavailableError(
+            f"the server does not answer ({err}): check its address, run this again"
+        ) from err
+
+
 def _decoded(body: bytes, path: str) -> Json:
     try:
         answer: Json = json.loads(body)
     except ValueError as err:
-        raise ServerAwayError(f"{path}: the answer is not JSON: is this a CVAT server?") from err
+        raise ServerUnavailableError(
+            f"{path}: the answer is not JSON: is this a CVAT server?"
+        ) from err
     return answer
 
 
@@ -302,24 +286,24 @@ def _refusal(status: int, body: bytes, path: str) -> CvatError:
     if status == 401:
         return LoginError(f"the server does not let you in ({reason}): check user, password, token")
     if status == 403:
-        return NoRightError(
+        return ForbiddenError(
             f"{path}: you may not do this ({reason}): ask for the job to be assigned to you, or "
             "name its organisation with --org"
         )
     if status == 404:
-        return NotThereError(
+        return NotFoundOnServerError(
             f"{path} is not there ({reason}): check the number, or name its organisation with --org"
         )
-    if status in PASSING:
-        return ServerAwayError(
+    if status in TEMPORARY_STATUSES:
+        return ServerUnavailableError(
             f"{path}: the server failed with {status} ({reason[:100]}): see its log, run this again"
         )
-    return RefusedError(f"{path}: the server refused it with {status} ({reason})")
+    return RejectedError(f"{path}: the server refused it with {status} ({reason})")
 
 
 @contextmanager
-def _worded(what: str) -> Iterator[None]:
-    """Translate the SDK's and its HTTP client's errors."""
+def _translated(what: str) -> Iterator[None]:
+    """Translate the errors of the SDK and of its HTTP client."""
     try:
         yield
     except ApiException as err:
@@ -336,10 +320,12 @@ def _worded(what: str) -> Iterator[None]:
                 "SSL_CERT_FILE, or switch the check off with --insecure"
             ) from err
         text = str(cause).rpartition(": ")[2]
-        raise ServerAwayError(
+        raise ServerUnavailableError(
             f"the server does not answer ({text}): check its address, run this again"
         ) from err
     except OpenApiException as err:
-        raise ServerAwayError(f"{what}: this is not how a CVAT server answers: {err}") from err
+        raise ServerUnavailableError(
+            f"{what}: this is not how a CVAT server answers: {err}"
+        ) from err
     except CvatSdkException as err:
         raise LoginError(str(err)) from err

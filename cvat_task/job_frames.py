@@ -1,7 +1,4 @@
-"""Owns a job's frames: original-quality chunks, fetched one ahead, decoded as CVAT decodes them.
-
-Knows nothing about annotations or tracking.
-"""
+"""Read a job's frames: fetch original-quality chunks, one ahead, and decode them as CVAT does."""
 
 from __future__ import annotations
 
@@ -9,21 +6,23 @@ import io
 import itertools
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from threading import Thread
 from typing import Protocol
 
 import cv2
 from PIL import Image
 
 from clips.reader import natural_order
-from cvat_task.connection import Job
+from cvat_task.job import Job
 from errors import BadRequestError
 from images import decode_image
 from settings import Limits
 
 
-class Chunks(Protocol):
+class ChunkSource(Protocol):
     """Where chunks come from."""
 
     def chunk(self, job_id: int, index: int) -> bytes:
@@ -31,14 +30,19 @@ class Chunks(Protocol):
 
 
 def job_frames(
-    chunks: Chunks, job: Job, numbers: Sequence[int]
+    source: ChunkSource,
+    job: Job,
+    numbers: Sequence[int],
+    *,
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[tuple[int, Image.Image]]:
-    """Give frames by their numbers; while one chunk is in use, the next one is being fetched.
+    """Yield frames by their numbers; while a chunk is in use, the next one is being fetched.
 
     Args:
-        chunks: The server.
+        source: The server.
         job: The job.
-        numbers: Of its frames, all rising or all falling.
+        numbers: Of its frames, in ascending or descending order.
+        waiting: Makes the context in which a chunk is waited for.
 
     Yields:
         The number and the frame, RGB.
@@ -47,29 +51,44 @@ def job_frames(
         CvatError: The server does not give a chunk.
         BadRequestError: A chunk holds fewer frames than it should.
     """
-    wanted = [
-        (index, list(numbers_in))
-        for index, numbers_in in itertools.groupby(
-            numbers, key=lambda number: job.places[number] // job.chunk_size
+    chunks = [
+        (index, list(chunk_numbers))
+        for index, chunk_numbers in itertools.groupby(
+            numbers, key=lambda number: job.indices[number] // job.chunk_size
         )
     ]
-    with ThreadPoolExecutor(1, "chunk") as executor:
-        coming: Future[bytes] | None = None
-        for order, (index, numbers_in) in enumerate(wanted):
-            data = (coming or executor.submit(chunks.chunk, job.id, index)).result()
-            if order + 1 < len(wanted):
-                coming = executor.submit(chunks.chunk, job.id, wanted[order + 1][0])
-            first = index * job.chunk_size
-            offsets = [job.places[number] - first for number in numbers_in]
-            decode = _decode_video if job.is_video else _decode_images
-            given = 0
-            for number, frame in zip(numbers_in, decode(data, offsets), strict=False):
-                given += 1
-                yield number, frame
-            if given < len(numbers_in):
-                raise BadRequestError(
-                    f"chunk {index} of job {job.id} ends before frame {numbers_in[given]}"
-                )
+    upcoming: Future[bytes] | None = None
+    for order, (index, chunk_numbers) in enumerate(chunks):
+        chunk = upcoming or _fetch(source, job.id, index)
+        with waiting():
+            data = chunk.result()
+        if order + 1 < len(chunks):
+            upcoming = _fetch(source, job.id, chunks[order + 1][0])
+        first = index * job.chunk_size
+        offsets = [job.indices[number] - first for number in chunk_numbers]
+        decode = _decode_video if job.is_video else _decode_images
+        count = 0
+        for number, frame in zip(chunk_numbers, decode(data, offsets), strict=False):
+            count += 1
+            yield number, frame
+        if count < len(chunk_numbers):
+            raise BadRequestError(
+                f"chunk {index} of job {job.id} ends before frame {chunk_numbers[count]}"
+            )
+
+
+def _fetch(source: ChunkSource, job_id: int, index: int) -> Future[bytes]:
+    """Fetch a chunk in a daemon thread: the process can end without waiting for the server."""
+    future: Future[bytes] = Future()
+
+    def fetch() -> None:
+        try:
+            future.set_result(source.chunk(job_id, index))
+        except BaseException as err:  # noqa: BLE001  # raised again by `future.result`
+            future.set_exception(err)
+
+    Thread(target=fetch, name="chunk", daemon=True).start()
+    return future
 
 
 def _decode_images(data: bytes, offsets: Sequence[int]) -> Iterator[Image.Image]:

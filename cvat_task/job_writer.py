@@ -1,108 +1,61 @@
-"""Owns writing what was found to a job so that nothing is lost, doubled or torn.
+"""Write what was found to a job, batch by batch, so that nothing is lost, doubled or half written.
 
-New annotations are created first; what they replace is deleted when they stand. A journal on this
-machine says how far the run is and what it is about to write, so that a repeat goes on from there.
-Knows nothing about frames or models.
+New annotations are created first; what they replace is deleted when they exist. The journal has how
+far the run is and what it is about to write, so that a repeat goes on from there.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Protocol
 
-from cvat_task import connection
+from tenacity import Retrying
+
 from cvat_task.annotations import (
     LISTS,
     build_shapes,
     build_track,
-    copy_of,
     earlier_shapes,
     empty,
     largest_group,
     same,
+    without_ids,
 )
-from cvat_task.connection import Job, ServerAwayError
-from cvat_task.followed_objects import Followed
-from cvat_task.keyframes import Json, ascending
-from errors import BadRequestError
+from cvat_task.followed_object import FollowedObject
+from cvat_task.job import Job
+from cvat_task.journal import Journal
+from cvat_task.keyframes import Json
 
-JOURNAL_VERSION = 1
+CHANGED_ID = -1  # in place of the id of a created track that somebody has changed since
 
 
 class AnnotationStore(Protocol):
-    """Where annotations live."""
+    """Where annotations are stored: the server."""
 
     def annotations(self, job_id: int) -> Json:
-        """Return all of a job."""
+        """Return all annotations of a job."""
 
     def create(self, job_id: int, annotations: Json) -> Json:
-        """Add some, all or none, and return them with ids."""
+        """Add annotations, all or none, and return them with ids."""
 
     def delete(self, job_id: int, annotations: Json) -> None:
-        """Delete some by their ids."""
+        """Delete annotations by their ids."""
 
-
-class Journal:
-    """A file that tells a repeat of the same command how far the run came.
-
-    Args:
-        folder: Where journals lie.
-        asked: What was asked for; another command has another journal.
-    """
-
-    def __init__(self, folder: Path, asked: Json) -> None:
-        name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:20]
-        self._path = folder / f"{name}.json"
-        self._asked = asked
-
-    def load(self) -> Json | None:
-        """Return what was kept last; None when there is nothing, or nothing of use."""
-        try:
-            kept: Json = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        fits = kept.get("version") == JOURNAL_VERSION and kept.get("asked") == self._asked
-        return kept if fits else None
-
-    def keep(self, state: Json) -> None:
-        """Put a state in the place of the one before, in one step.
-
-        Raises:
-            BadRequestError: The file cannot be written.
-        """
-        new = self._path.with_suffix(".new")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"version": JOURNAL_VERSION, "asked": self._asked, **state})
-            new.write_text(text, encoding="utf-8")
-            new.replace(self._path)
-        except OSError as err:
-            raise BadRequestError(
-                f"{self._path} cannot be written ({err.strerror}): a repeat could not go on from "
-                "here. Name a folder that can be written in XDG_STATE_HOME"
-            ) from err
-
-    def forget(self) -> None:
-        """Delete what was kept."""
-        self._path.unlink(missing_ok=True)
+    def retrying(self) -> Retrying:
+        """Return how often and with which pauses a call is repeated when the server fails."""
 
 
 class JobWriter:
-    """Writes one job's objects, batch by batch.
+    """Writes the objects of a job.
 
     Args:
         store: The server.
         job: The job.
-        objects: What is followed; those that somebody else has changed leave the list.
+        objects: The followed objects; those that somebody else has changed leave the list.
         before: The job's annotations when the run came to it.
-        journal: Told before and after each batch.
-        every: See `build_track`.
-        anchor: The frame that was written last, or where the run starts.
+        journal: Updated before and after each batch.
+        keyframe_interval: See `build_track`.
+        done_frame: The frame that was written last, or where the run starts.
         largest_group: The largest group number in use elsewhere in the task.
     """
 
@@ -110,28 +63,28 @@ class JobWriter:
         self,
         store: AnnotationStore,
         job: Job,
-        objects: list[Followed],
+        objects: list[FollowedObject],
         before: Json,
         journal: Journal,
         *,
-        every: int,
-        anchor: int,
+        keyframe_interval: int,
+        done_frame: int,
         largest_group: int = 0,
     ) -> None:
         self._store = store
         self._job = job
         self.objects = objects
         self._journal = journal
-        self._every = every
-        self.anchor = anchor
+        self._keyframe_interval = keyframe_interval
+        self.done_frame = done_frame
         self._largest_group = largest_group
         self._shapes_before: list[Json] = before["shapes"]
         self._written = self._state()
 
-    def keep(self) -> None:
-        """Tell the journal how far the job is."""
+    def save_progress(self) -> None:
+        """Save in the journal how far the job is."""
         self._written = self._state()
-        self._journal.keep(self._written | {"pending": None})
+        self._journal.save(self._written | {"pending": None})
 
     def write(self, frame: int) -> list[str]:
         """Write what was found up to a frame.
@@ -143,129 +96,138 @@ class JobWriter:
             CvatError: The server fails. A repeat finds out what was written and goes on.
         """
         now = self._store.annotations(self._job.id)
-        notes = self._leave_what_others_changed(now)
-        created, deleted, tracks_of = self._plan(now)
-        for one in self.objects:
-            one.found = []
-        self.anchor = frame
+        notes = self._drop_changed_objects(now)
+        created, deleted, track_indices = self._plan(now)
+        for obj in self.objects:
+            obj.progress.mark_written()
+        self.done_frame = frame
         if any(changed[name] for changed in (created, deleted) for name in LISTS):
             pending = {
                 "created": created,
                 "deleted": deleted,
-                "known": {name: [one["id"] for one in now[name]] for name in LISTS},
-                "tracks_of": tracks_of,
-                "then": self._state(),
+                "known_ids": {name: [obj["id"] for obj in now[name]] for name in LISTS},
+                "track_indices": track_indices,
+                "after": self._state(),
             }
-            self._journal.keep(self._written | {"pending": pending})
-            ids = _create_once(self._store, self._job.id, pending)
+            self._journal.save(self._written | {"pending": pending})
+            track_ids = _create_once(self._store, self._job.id, pending)
             unchanged = _unchanged(deleted, self._store.annotations(self._job.id))
             _delete(self._store, self._job.id, unchanged)
-            if kept := sum(len(deleted[name]) - len(unchanged[name]) for name in LISTS):
+            if remaining := sum(len(deleted[name]) - len(unchanged[name]) for name in LISTS):
                 notes.append(
-                    f"{kept} annotations were changed by somebody while frames up to {frame} were "
-                    "written: look at what stands beside them"
+                    f"{remaining} annotations were changed by somebody while frames up to {frame} "
+                    "were written: look at what stands beside them"
                 )
-            _stand_for(self.objects, pending, ids)
-        self.keep()
+            _represent_by_tracks(self.objects, pending, track_ids)
+        self.save_progress()
         return notes
 
     def _state(self) -> Json:
-        objects = [asdict(_without_track(one)) for one in self.objects]
-        return {"job": self._job.id, "anchor": self.anchor, "objects": objects}
+        objects = [obj.to_json() for obj in self.objects]
+        return {"job": self._job.id, "done_frame": self.done_frame, "objects": objects}
 
-    def _leave_what_others_changed(self, now: Json) -> list[str]:
+    def _drop_changed_objects(self, now: Json) -> list[str]:
+        """Leave objects to those who have changed them, and return a line about each."""
         notes = []
-        for one in list(self.objects):
-            if one.standing is None:
+        for obj in list(self.objects):
+            existing = obj.progress.existing
+            if existing is None:
                 continue
-            there = next((each for each in now[one.kind] if each["id"] == one.standing), None)
-            if there is None or not same(there, one.like):
-                what = "deleted" if there is None else "changed"
+            content = existing.find_in(now)
+            if content is None or not same(content, existing.content):
+                what = "deleted" if content is None else "changed"
                 notes.append(
-                    f"{one.name} was {what} by somebody after frame {self.anchor}: left alone"
+                    f"{obj.spec.name} was {what} by somebody after frame {self.done_frame}: left "
+                    "alone"
                 )
-                self.objects.remove(one)
+                self.objects.remove(obj)
         return notes
 
     def _plan(self, now: Json) -> tuple[Json, Json, list[int | None]]:
-        """Return what to create, what to delete, and the index of each object's new track."""
+        """Return what to create and to delete, and the index of each object's new track."""
         created, deleted = empty(), empty()
-        last = max([self.anchor, *(found.frame for one in self.objects for found in one.found)])
+        positions = (position for obj in self.objects for position in obj.progress.unwritten)
+        last = max([self.done_frame, *(position.frame for position in positions)])
         next_frame = next((frame for frame in self._job.usable if frame > last), None)
-        earlier, occupied = earlier_shapes(self.objects, self._shapes_still_there(now))
+        earlier, occupied = earlier_shapes(self.objects, self._unchanged_shapes_before(now))
         deleted["shapes"] += earlier
-        tracks_of: list[int | None] = []
-        for index, one in enumerate(self.objects):
-            tracks_of.append(None)
-            handed = one.standing is None and one.start is not None  # but not in this job yet
-            if not one.found and not handed:
-                continue
-            if one.as_track:
-                track = build_track(one, self._job.labels, every=self._every, next_frame=next_frame)
-                if track is None:
-                    continue
-                tracks_of[-1] = len(created["tracks"])
-                created["tracks"].append(track)
-                shapes: list[Json] = []
-                replaced = one.standing is not None
+        track_indices: list[int | None] = []
+        for index, obj in enumerate(self.objects):
+            track_indices.append(None)
+            if obj.spec.is_track:
+                track = self._plan_track(obj, next_frame)
+                if track is not None:
+                    track_indices[-1] = len(created["tracks"])
+                    created["tracks"].append(track)
+                    _add_existing(obj, now, deleted)
             else:
-                if not one.group and any(found.visible for found in one.found):
-                    one.group = self._next_group(now)
-                shapes = build_shapes(one, occupied[index])
+                shapes = self._plan_shapes(obj, occupied[index], now)
                 created["shapes"] += shapes
-                replaced = one.standing is not None and not one.like["group"] and bool(shapes)
-            if replaced:
-                deleted[one.kind] += [each for each in now[one.kind] if each["id"] == one.standing]
-            if not one.as_track and shapes:
-                one.standing = None
-        return created, _as_sent(deleted), tracks_of
+                if shapes:
+                    if not obj.spec.template["group"]:  # its copy in a group was created
+                        _add_existing(obj, now, deleted)
+                    obj.progress.represent_by_shapes()
+        return created, _as_sent(deleted), track_indices
 
-    def _shapes_still_there(self, now: Json) -> list[Json]:
-        """Return the shapes from before the run; one that somebody has changed since is theirs."""
+    def _plan_track(self, obj: FollowedObject, next_frame: int | None) -> Json | None:
+        progress = obj.progress
+        # A track from the job before may have keyframes here before anything new is found.
+        is_handed_over = progress.existing is None and progress.done_keyframe is not None
+        if not progress.unwritten and not is_handed_over:
+            return None
+        return build_track(
+            obj,
+            self._job.labels,
+            keyframe_interval=self._keyframe_interval,
+            next_frame=next_frame,
+        )
+
+    def _plan_shapes(self, obj: FollowedObject, occupied: set[int], now: Json) -> list[Json]:
+        progress = obj.progress
+        if not progress.group and any(position.visible for position in progress.unwritten):
+            self._largest_group = max(self._largest_group, largest_group(now)) + 1
+            progress.use_group(self._largest_group)
+        return build_shapes(obj, occupied)
+
+    def _unchanged_shapes_before(self, now: Json) -> list[Json]:
+        """Return the shapes from before the run that still exist.
+
+        One that somebody has changed since counts as drawn by a person.
+        """
         now_by_id = {shape["id"]: shape for shape in now["shapes"]}
-        there = []
+        shapes = []
         for shape in self._shapes_before:
             current = now_by_id.get(shape["id"])
             if current is not None:
-                there.append(shape if same(shape, current) else current | {"source": "manual"})
-        return there
-
-    def _next_group(self, now: Json) -> int:
-        self._largest_group = max(self._largest_group, largest_group(now)) + 1
-        return self._largest_group
-
-
-def _without_track(one: Followed) -> Followed:
-    """Leave out what `resume` reads from the server again."""
-    if one.standing is None or one.kind == "shapes":
-        return one
-    return replace(one, like=one.like | {"shapes": []}, keyframes=[], start=None)
+                is_same = same(shape, current)
+                shapes.append(shape if is_same else current | {"source": "manual"})
+        return shapes
 
 
 def recover(
-    store: AnnotationStore, kept: Json, *, change: bool = True
-) -> tuple[int, list[Followed]]:
-    """Bring an interrupted batch to its end if it was begun on the server, else drop it.
+    store: AnnotationStore, saved: Json, *, change: bool = True
+) -> tuple[int, list[FollowedObject]]:
+    """Complete an interrupted batch if writing it had begun on the server, else drop it.
 
     Args:
         store: The server.
-        kept: The journal's last state.
+        saved: The journal's last state.
         change: Whether to delete what the batch had still to delete.
 
     Returns:
         The frame that was written last, and the objects as they were then.
     """
-    pending = kept["pending"]
-    now = store.annotations(kept["job"]) if pending else empty()
-    ids = _created_ids(now, pending) if pending else None
-    if pending is None or ids is None:
-        return kept["anchor"], [Followed.from_json(one) for one in kept["objects"]]
+    pending = saved["pending"]
+    now = store.annotations(saved["job"]) if pending else empty()
+    track_ids = _created_track_ids(now, pending) if pending else None
+    if pending is None or track_ids is None:
+        return saved["done_frame"], [FollowedObject.from_json(data) for data in saved["objects"]]
     if change:
-        _delete(store, kept["job"], _unchanged(pending["deleted"], now))
-    then = pending["then"]
-    objects = [Followed.from_json(one) for one in then["objects"]]
-    _stand_for(objects, pending, ids)
-    return then["anchor"], objects
+        _delete(store, saved["job"], _unchanged(pending["deleted"], now))
+    after = pending["after"]
+    objects = [FollowedObject.from_json(data) for data in after["objects"]]
+    _represent_by_tracks(objects, pending, track_ids)
+    return after["done_frame"], objects
 
 
 def _create_once(store: AnnotationStore, job_id: int, pending: Json) -> list[int]:
@@ -276,68 +238,65 @@ def _create_once(store: AnnotationStore, job_id: int, pending: Json) -> list[int
     """
     if not any(pending["created"][name] for name in LISTS):
         return []
-    for attempt, pause_s in enumerate((*connection.RETRY_PAUSES_S, None)):
-        try:
+    for attempt in store.retrying():
+        is_repeat = attempt.retry_state.attempt_number > 1
+        if is_repeat:
+            track_ids = _created_track_ids(store.annotations(job_id), pending)
+            if track_ids is not None:
+                return track_ids
+        with attempt:
             answer = store.create(job_id, pending["created"])
-        except ServerAwayError:
-            if pause_s is None:
-                raise
-            time.sleep(pause_s)
-            ids = _created_ids(store.annotations(job_id), pending)
-            if ids is not None:
-                return ids
-        else:
-            if attempt:
-                _delete_doubles(store, job_id, pending, answer)
-            return [track["id"] for track in answer["tracks"]]
-    raise AssertionError("unreachable")
+            break
+    if is_repeat:
+        _delete_doubles(store, job_id, pending, answer)
+    return [track["id"] for track in answer["tracks"]]
 
 
 def _delete_doubles(store: AnnotationStore, job_id: int, pending: Json, answer: Json) -> None:
-    """Delete what an attempt has left that a proxy gave up and the server finished all the same."""
+    """Delete what an earlier attempt created after all, though a proxy had given it up."""
     now = store.annotations(job_id)
     doubles = empty()
     for name in LISTS:
-        known = {*pending["known"][name], *(one["id"] for one in answer[name])}
+        known = {*pending["known_ids"][name], *(obj["id"] for obj in answer[name])}
         doubles[name] = [
-            one
-            for one in now[name]
-            if one["id"] not in known
-            and any(same(one, created) for created in pending["created"][name])
+            obj
+            for obj in now[name]
+            if obj["id"] not in known
+            and any(same(obj, created) for created in pending["created"][name])
         ]
     _delete(store, job_id, _as_sent(doubles))
 
 
 def _unchanged(annotations: Json, now: Json) -> Json:
-    """Leave out what is not as it was: what somebody has changed meanwhile is theirs."""
+    """Return annotations without those that somebody has changed or deleted meanwhile."""
     return annotations | {
         name: [
-            one
-            for one in annotations[name]
-            if any(each["id"] == one["id"] and same(each, one) for each in now[name])
+            obj
+            for obj in annotations[name]
+            if any(other["id"] == obj["id"] and same(other, obj) for other in now[name])
         ]
         for name in LISTS
     }
 
 
-def _created_ids(now: Json, pending: Json) -> list[int] | None:
-    """Return the ids of the tracks that are pending, or None when nothing of it was created.
+def _created_track_ids(now: Json, pending: Json) -> list[int] | None:
+    """Return the ids of the pending tracks, or None when nothing that is pending was created.
 
-    The server creates all or none. What somebody has changed since then has the id -1.
+    The server creates all or none. A track that somebody has changed since has the id `CHANGED_ID`.
     """
-    found: dict[str, list[int]] = {}
+    ids: dict[str, list[int]] = {}
     for name in LISTS:
-        known = set(pending["known"][name])
-        new = [one for one in now[name] if one["id"] not in known]
-        found[name] = []
-        for wanted in pending["created"][name]:
-            match = next((one for one in new if same(one, wanted)), None)
+        known = set(pending["known_ids"][name])
+        new = [obj for obj in now[name] if obj["id"] not in known]
+        ids[name] = []
+        for created in pending["created"][name]:
+            match = next((obj for obj in new if same(obj, created)), None)
             if match is not None:
                 new.remove(match)
-            found[name].append(-1 if match is None else match["id"])
-    if all(number == -1 for numbers in found.values() for number in numbers):
+            ids[name].append(CHANGED_ID if match is None else match["id"])
+    if all(id_ == CHANGED_ID for name in LISTS for id_ in ids[name]):
         return None
-    return found["tracks"]
+    return ids["tracks"]
 
 
 def _delete(store: AnnotationStore, job_id: int, annotations: Json) -> None:
@@ -345,19 +304,27 @@ def _delete(store: AnnotationStore, job_id: int, annotations: Json) -> None:
         store.delete(job_id, annotations)
 
 
-def _stand_for(objects: Sequence[Followed], pending: Json, track_ids: Sequence[int]) -> None:
-    """Let the created tracks stand for their objects."""
-    anchor = pending["then"]["anchor"]
-    for one, index in zip(objects, pending["tracks_of"], strict=True):
+def _represent_by_tracks(
+    objects: Sequence[FollowedObject], pending: Json, track_ids: Sequence[int]
+) -> None:
+    """Note for the objects which created tracks represent them."""
+    done_frame = pending["after"]["done_frame"]
+    for obj, index in zip(objects, pending["track_indices"], strict=True):
         if index is not None:
             track = pending["created"]["tracks"][index]
-            one.like, one.kind, one.standing = track, "tracks", track_ids[index]
-            one.keyframes = ascending(track["shapes"])
-            one.start = next((key for key in one.keyframes if key["frame"] == anchor), None)
+            obj.progress.represent_by_track(track, track_ids[index], done_frame)
+
+
+def _add_existing(obj: FollowedObject, now: Json, deleted: Json) -> None:
+    """Add what represents an object on the server to what will be deleted."""
+    existing = obj.progress.existing
+    content = existing and existing.find_in(now)
+    if existing is not None and content is not None:
+        deleted[existing.list_name].append(content)
 
 
 def _as_sent(annotations: Json) -> Json:
     """Return annotations to delete as CVAT takes them: with their ids, without empty fields."""
     return annotations | {
-        name: [copy_of(one) | {"id": one["id"]} for one in annotations[name]] for name in LISTS
+        name: [without_ids(obj) | {"id": obj["id"]} for obj in annotations[name]] for name in LISTS
     }

@@ -1,6 +1,6 @@
-"""Owns where a CVAT track is on a frame: its keyframes, and between them as CVAT interpolates.
+"""Find where a CVAT track is on a frame: at a keyframe, or interpolated as CVAT does.
 
-Works on CVAT's own JSON and knows nothing about servers, models or pixels.
+Keyframes are CVAT's own JSON.
 
 Source of the rules: CVAT, `cvat/apps/dataset_manager/annotation.py` (server) and
 `cvat-core/src/annotations-objects.ts` (what annotators see); both agree.
@@ -26,21 +26,25 @@ def ascending(keyframes: Sequence[Json]) -> list[Json]:
 
 def covering(keyframes: Sequence[Json], frame: int) -> Json | None:
     """Return the last of ascending keyframes up to a frame, or None before the first."""
-    return next((one for one in reversed(keyframes) if one["frame"] <= frame), None)
+    return next((keyframe for keyframe in reversed(keyframes) if keyframe["frame"] <= frame), None)
 
 
 def is_outside(keyframes: Sequence[Json], frame: int) -> bool:
-    """Tell whether a track with these ascending keyframes is not in the picture on a frame."""
+    """Tell whether a track is not in the picture on a frame; its keyframes are ascending."""
     last = covering(keyframes, frame)
     return last is None or bool(last["outside"])
 
 
-def position(track: Json, frame: int) -> Json | None:
-    """Return a track's keyframe on a frame, made up between two; None where it is outside.
+def keyframe_at(keyframes: Sequence[Json], frame: int) -> Json | None:
+    """Return a track's keyframe on a frame, interpolated between two; None where it is outside.
 
-    Attributes that may change hold from their keyframe on and are complete in the answer.
+    It has all attributes that may change: each holds from its keyframe on.
+
+    Args:
+        keyframes: The track's, in any order.
+        frame: The frame's number.
     """
-    keyframes = ascending(track["shapes"])
+    keyframes = ascending(keyframes)
     if is_outside(keyframes, frame):
         return None
     left = covering(keyframes, frame)
@@ -49,30 +53,30 @@ def position(track: Json, frame: int) -> Json | None:
     for keyframe in keyframes:
         if keyframe["frame"] <= frame:
             attributes = merge_attributes(attributes, keyframe["attributes"])
-    right = next((one for one in keyframes if one["frame"] > frame), None)
-    place = {name: value for name, value in left.items() if name != "id"}
-    place |= {"frame": frame, "attributes": attributes, "points": list(left["points"])}
+    right = next((keyframe for keyframe in keyframes if keyframe["frame"] > frame), None)
+    result = {name: value for name, value in left.items() if name != "id"}
+    result |= {"frame": frame, "attributes": attributes, "points": list(left["points"])}
     if left["frame"] == frame or right is None:
-        return place
+        return result
     share = (frame - left["frame"]) / (right["frame"] - left["frame"])
     if left["type"] == "polygon":
-        place["points"] = _between_polygons(left["points"], right["points"], share)
+        result["points"] = _between_polygons(left["points"], right["points"], share)
     else:
         pairs = zip(left["points"], right["points"], strict=True)
-        place["points"] = [a + (b - a) * share for a, b in pairs]
+        result["points"] = [a + (b - a) * share for a, b in pairs]
         turn = (right.get("rotation", 0) - left.get("rotation", 0) + 180) % 360 - 180
-        place["rotation"] = (left.get("rotation", 0) + turn * share) % 360
-    return place
+        result["rotation"] = (left.get("rotation", 0) + turn * share) % 360
+    return result
 
 
 def merge_attributes(earlier: Sequence[Json], later: Sequence[Json]) -> list[Json]:
-    """Return attributes, each once; later ones win."""
-    merged = {one["spec_id"]: one for one in [*earlier, *later]}
-    return [{"spec_id": one["spec_id"], "value": one["value"]} for one in merged.values()]
+    """Return the attributes of both lists, each once, with the value of the later list."""
+    values = {attribute["spec_id"]: attribute["value"] for attribute in [*earlier, *later]}
+    return [{"spec_id": spec_id, "value": value} for spec_id, value in values.items()]
 
 
 def upright(keyframe: Json) -> list[float]:
-    """Return the points of a keyframe without rotation: a turned shape by its upright extent."""
+    """Return the points of a keyframe without rotation; of a turned shape its upright extent."""
     points = list(keyframe["points"])
     angle = math.radians(keyframe.get("rotation") or 0)
     if not angle or keyframe["type"] not in {"rectangle", "ellipse"}:
@@ -90,7 +94,13 @@ def upright(keyframe: Json) -> list[float]:
 
 
 def _between_polygons(left: Sequence[float], right: Sequence[float], share: float) -> list[float]:
-    """Interpolate rings: vertices pair up by how far along its ring each one lies."""
+    """Interpolate polygons: vertices pair up by their share of the way around.
+
+    Args:
+        left: Flat xy points on the keyframe before.
+        right: Flat xy points on the keyframe after.
+        share: 0 at the keyframe before, 1 at the one after.
+    """
     a, b = _closed(left), _closed(right)
     along_a, along_b = _along(a), _along(b)
     pairs = [[_nearest(value, along_b)] for value in along_a]
@@ -103,9 +113,9 @@ def _between_polygons(left: Sequence[float], right: Sequence[float], share: floa
         [a[vertex] + (b[partners] - a[vertex]) * share for vertex, partners in enumerate(pairs)]
     )
 
-    # Where several vertices of one ring share one of the other, the doubles are thinned out.
+    # Where several vertices of a ring have the same partner, points that lie close are left out.
     ring: list[Points] = []
-    run: int | None = None  # first of the vertices in a row that share their only partner
+    run: int | None = None  # first of successive vertices with the same single partner
     for vertex, partners in enumerate(pairs):
         if run is not None and partners != pairs[run]:
             ring += _thinned(points[first[run] : first[vertex]], a[run:vertex])
@@ -118,22 +128,25 @@ def _between_polygons(left: Sequence[float], right: Sequence[float], share: floa
             run = vertex
     if run is not None:
         ring += _thinned(points[first[run] :], a[run:])
-    return np.array(ring[:-1]).ravel().tolist()  # the last one closed the ring
+    return np.array(ring[:-1]).ravel().tolist()  # without the vertex that closes the ring
 
 
 def _thinned(points: Points, curve: Points) -> list[Points]:
-    """Keep both ends and what lies far enough apart, measured on the curve they came from."""
+    """Return both ends and the points between that lie far enough apart.
+
+    The shortest distance is half the mean step of the curve that the points come from.
+    """
     if len(points) == 1:
         return [points[0]]
     shortest = np.linalg.norm(np.diff(curve, axis=0), axis=1).sum() / (2 * len(curve))
-    kept = [points[0]]
+    thinned = [points[0]]
     for point in points[1:-1]:
-        if np.linalg.norm(point - kept[-1]) >= shortest:
-            kept.append(point)
-    kept.append(points[-1])
-    if len(kept) == 2 and np.linalg.norm(kept[1] - kept[0]) < shortest:
-        return [(kept[0] + kept[1]) / 2]
-    return kept
+        if np.linalg.norm(point - thinned[-1]) >= shortest:
+            thinned.append(point)
+    thinned.append(points[-1])
+    if len(thinned) == 2 and np.linalg.norm(thinned[1] - thinned[0]) < shortest:
+        return [(thinned[0] + thinned[1]) / 2]
+    return thinned
 
 
 def _closed(points: Sequence[float]) -> Points:
@@ -143,8 +156,8 @@ def _closed(points: Sequence[float]) -> Points:
 
 def _along(ring: Points) -> Points:
     """Return for each vertex its share of the way around, from 0 to 1."""
-    way = np.cumsum([0.0, *np.linalg.norm(np.diff(ring, axis=0), axis=1)])
-    return np.asarray(way / (way[-1] or 1.0))
+    lengths = np.cumsum([0.0, *np.linalg.norm(np.diff(ring, axis=0), axis=1)])
+    return np.asarray(lengths / (lengths[-1] or 1.0))
 
 
 def _nearest(value: float, others: Points) -> int:

@@ -1,18 +1,14 @@
-"""Owns the loop of a run on a CVAT task: job by job and frame by frame, to the client and back.
-
-Server, frames, objects, writing and tracking have rooms of their own.
-"""
+"""Track and write, job by job and frame by frame."""
 
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Never
 
@@ -21,21 +17,24 @@ from PIL import Image
 from tqdm import tqdm
 
 from clips.overlays import ContactSheet, draw_masks
-from clips.tracking_client import TrackingClient
+from clips.tracking_client import RemoteTrackingClient, TrackingClient
 from cvat_task.annotations import largest_group
 from cvat_task.connection import CvatConnection, CvatError
-from cvat_task.followed_objects import Followed, hand_over
+from cvat_task.followed_object import FollowedObject
+from cvat_task.handover import hand_over
+from cvat_task.interrupts import Interrupted, Interrupts
 from cvat_task.job_frames import job_frames
-from cvat_task.job_writer import JobWriter, Journal
+from cvat_task.job_writer import JobWriter
+from cvat_task.journal import Journal
 from cvat_task.keyframes import Json
-from cvat_task.plan import Plan, RunOptions, todo
+from cvat_task.plan import Plan, RunOptions, frames_by_job
 from errors import BadRequestError, TrackerError
 from object_requests import Continue, Start
 from shapes import Shape, ShapeType, shape_to_mask
-from state_token import StateToken
 from tracker import TrackedObject
 
 SHEET_FRAMES = 12
+Found = list[tuple[FollowedObject, TrackedObject]]  # the objects of a frame, as tracked there
 
 
 @dataclass
@@ -44,8 +43,8 @@ class TaskSummary:
 
     Attributes:
         frames: Frames tracked.
-        seconds: How long it took, model loading not counted.
-        lost: By object, on how many frames it was not found.
+        seconds: How long it took, without loading the model.
+        lost: By the name of an object, on how many frames it was not found.
         notes: What the annotator should know.
         interrupted: Whether Ctrl-C ended it early.
     """
@@ -60,203 +59,228 @@ class TaskSummary:
 def run(
     server: CvatConnection,
     plan: Plan,
-    request: RunOptions,
+    options: RunOptions,
     client: TrackingClient,
     journal: Journal,
     *,
     out: Path | None = None,
-    stop: threading.Event | None = None,
+    interrupts: Interrupts | None = None,
 ) -> TaskSummary:
     """Track and write, job by job.
 
     Args:
         server: Where frames come from and results go.
         plan: Where to begin.
-        request: What was asked for.
+        options: What was asked for.
         client: What tracks.
-        journal: Told how far the run is, and emptied when it is done.
+        journal: Has how far the run is; deleted when it is done.
         out: Folder for `contact_sheet.png`; None: no sheet.
-        stop: Ends the run after the frame in flight when it is set; what was found is written.
+        interrupts: Says when Ctrl-C ends the run; what was found until then is written.
 
     Raises:
-        TrackerError: Of the server or the client; what was found before is written if it can be.
+        TrackerError: Of the server or the client; what was found before is written if possible.
+        KeyboardInterrupt: Ctrl-C came a second time, or while the server failed; a repeat goes on
+            after the last batch.
     """
-    outcome = TaskSummary()
+    summary = TaskSummary()
     begin = time.monotonic()
-    frames = [frame for _, frames in todo(plan, request) for frame in frames]
+    frames = [frame for _, frames in frames_by_job(plan, options) for frame in frames]
     sheet = _Sheet(out, frames)
-    objects, anchor, annotations = plan.objects, plan.anchor, plan.annotations
-    elsewhere = 0
+    objects, done_frame, annotations = plan.objects, plan.done_frame, plan.annotations
+    group_elsewhere = 0
     if len(plan.jobs) > 1:
-        elsewhere = max(largest_group(server.annotations(job.id)) for job in plan.jobs)
-    with closing(sheet), tqdm(total=len(frames), unit="frame", disable=None) as bar:
-        loop = _Loop(server, plan, request, client, bar, sheet, outcome, stop)
-        for at in range(plan.at, len(plan.jobs)):
-            job = plan.jobs[at]
+        group_elsewhere = max(largest_group(server.annotations(job.id)) for job in plan.jobs)
+    interrupts = interrupts or Interrupts()
+    with (
+        interrupts.deferred(),
+        closing(sheet),
+        tqdm(total=len(frames), unit="frame", disable=None) as bar,
+    ):
+        loop = _Loop(server, plan, options, client, bar, sheet, summary, interrupts)
+        indices = [
+            index for index in range(plan.first_job, len(plan.jobs)) if plan.jobs[index].usable
+        ]
+        for index, following in zip_longest(indices, (plan.jobs[index] for index in indices[1:])):
             writer = JobWriter(
                 server,
-                job,
+                plan.jobs[index],
                 objects,
                 annotations,
                 journal,
-                every=request.every,
-                anchor=anchor,
-                largest_group=elsewhere,
+                keyframe_interval=options.keyframe_interval,
+                done_frame=done_frame,
+                largest_group=group_elsewhere,
             )
-            if at > plan.at:
-                writer.keep()
-            following = plan.jobs[at + 1] if at + 1 < len(plan.jobs) else None
-            loop.track(at, writer, set(following.usable) if following else set())
-            anchor = writer.anchor
-            if outcome.interrupted or following is None:
+            if index > plan.first_job:
+                writer.save_progress()
+            loop.track(index, writer, set(following.usable) if following else set())
+            done_frame = writer.done_frame
+            if summary.interrupted or following is None:
                 break
-            first = request.ordered(following)[0]
-            if request.beyond(first, plan.target):
+            first = options.in_order(following)[0]
+            if options.is_after(first, plan.target):
                 break
-            annotations = server.annotations(following.id)
-            objects = loop.hand_over(writer.objects, following.id, annotations, first, anchor)
+            if interrupts.requested:  # while the last batch was written
+                summary.interrupted = True
+                break
+            with interrupts.allowed():
+                annotations = server.annotations(following.id)
+            objects = loop.hand_over(writer.objects, following.id, annotations, first, done_frame)
             if not objects:
                 break
-    outcome.seconds = time.monotonic() - begin
-    if not outcome.interrupted:
-        journal.forget()
-    return outcome
+    summary.seconds = time.monotonic() - begin
+    if not summary.interrupted:
+        journal.delete()
+    return summary
 
 
 class _Loop:
-    """The loop over the frames of a run; it holds what goes on from job to job."""
+    """The loop over the frames of a job, with what all jobs of a run share."""
 
     def __init__(
         self,
         server: CvatConnection,
         plan: Plan,
-        request: RunOptions,
+        options: RunOptions,
         client: TrackingClient,
         bar: tqdm[Never],
         sheet: _Sheet,
-        outcome: TaskSummary,
-        stop: threading.Event | None,
+        summary: TaskSummary,
+        interrupts: Interrupts,
     ) -> None:
         self._server = server
         self._plan = plan
-        self._request = request
+        self._options = options
         self._client = client
         self._bar = bar
         self._sheet = sheet
-        self._outcome = outcome
-        self._stop = stop
-        self._tokens: dict[int, StateToken] = {}  # by the id of the object's `Followed`
+        self._summary = summary
+        self._interrupts = interrupts
         self._is_writing = False
         # Batches that end on a keyframe leave the same keyframes as one long batch would.
-        self._batch = -(-request.batch // request.every) * request.every
+        interval = options.keyframe_interval
+        self._batch_frames = -(-options.batch_frames // interval) * interval
 
-    def track(self, at: int, writer: JobWriter, shared: set[int]) -> None:
+    def track(self, job_index: int, writer: JobWriter, shared: set[int]) -> None:
         """Track the objects of a writer to the end of its job, and write them.
 
         Args:
-            at: Which of the plan's jobs.
+            job_index: Index of the job in the plan.
             writer: The job's.
             shared: Frames of the next job.
         """
-        job = self._plan.jobs[at]
-        begin = writer.anchor
-        todo = [
+        start = last = writer.done_frame
+        frames = [
             frame
-            for frame in self._request.ordered(job)
-            if self._request.beyond(frame, begin)
-            and not self._request.beyond(frame, self._plan.target)
+            for frame in self._options.in_order(self._plan.jobs[job_index])
+            if self._options.is_after(frame, start)
+            and not self._options.is_after(frame, self._plan.target)
         ]
-        done = 0
-        last = begin
+        count = 0
+        numbers = [*self._lead_in(job_index, writer), *frames]
         try:
-            for number, frame in self._frames(at, [*self._lead_in(at, writer), *todo]):
-                found = self._step(
-                    writer.objects, number, frame, new=self._request.beyond(number, begin)
-                )
-                if not self._request.beyond(number, begin):
-                    continue
-                for one, _ in found:
-                    if number in shared:
-                        one.recent.append(one.found[-1])
-                    self._outcome.lost[one.name] += not one.found[-1].visible
-                done, last = done + 1, number
-                self._outcome.frames += 1
-                self._show(number, frame, found)
-                if done % self._batch == 0:
-                    self._write(writer, last)
-                if self._stop is not None and self._stop.is_set():
-                    self._outcome.interrupted = True
-                if self._outcome.interrupted or not writer.objects:
+            for number, frame in self._frames(job_index, numbers):
+                found = self._track_frame(writer.objects, number, frame)
+                if self._options.is_after(number, start):
+                    self._record(found, number, is_shared=number in shared)
+                    self._show(number, frame, found)
+                    last = number
+                    count += 1
+                    if count % self._batch_frames == 0:
+                        self._write(writer, last)
+                self._summary.interrupted = self._interrupts.requested
+                if self._summary.interrupted or not writer.objects:
                     break
+        except Interrupted:
+            if self._is_writing:  # the server fails: there is no use in writing again
+                raise
+            self._summary.interrupted = True
         except TrackerError:
-            if not self._is_writing:  # what was found until then is worth keeping
+            if not self._is_writing:  # keep what was found until then
                 with suppress(CvatError):
                     self._write(writer, last)
             raise
         self._write(writer, last)
 
     def hand_over(
-        self, objects: Sequence[Followed], job_id: int, annotations: Json, first: int, anchor: int
-    ) -> list[Followed]:
+        self,
+        objects: Sequence[FollowedObject],
+        job_id: int,
+        annotations: Json,
+        first: int,
+        done_frame: int,
+    ) -> list[FollowedObject]:
         """Return the objects as the next job begins with them."""
-        handed = []
-        for one in objects:
-            heir = hand_over(one, annotations, first, anchor)
-            if heir is None:
-                self._note(f"{one.name}: somebody has drawn it in job {job_id}: left alone")
-                continue
-            if id(one) in self._tokens:
-                self._tokens[id(heir)] = self._tokens[id(one)]
-            handed.append(heir)
-        self._handed = objects  # keeps their ids from being used again
-        return handed
+        following = []
+        for obj in objects:
+            successor = hand_over(obj, annotations, first, done_frame)
+            if successor is None:
+                self._note(f"{obj.spec.name}: somebody has drawn it in job {job_id}: left alone")
+            else:
+                following.append(successor)
+        return following
 
-    def _lead_in(self, at: int, writer: JobWriter) -> list[int]:
-        """Return the frames up to the anchor that objects without a state have to see first."""
-        starts = [one.last_seen.frame for one in writer.objects if id(one) not in self._tokens]
+    def _lead_in(self, job_index: int, writer: JobWriter) -> list[int]:
+        """Return the done frames that objects without a state token have to be tracked on again."""
+        starts = [
+            obj.progress.last_seen.frame for obj in writer.objects if obj.progress.token is None
+        ]
         if not starts:
             return []
-        first = max(starts) if self._request.backwards else min(starts)
-        low, high = sorted((first, writer.anchor))
-        jobs = self._plan.jobs[: at + 1]
+        first = max(starts) if self._options.backwards else min(starts)
+        low, high = sorted((first, writer.done_frame))
+        jobs = self._plan.jobs[: job_index + 1]
         numbers = {frame for job in jobs for frame in job.usable if low <= frame <= high}
-        return sorted(numbers | set(starts), reverse=self._request.backwards)
+        return sorted(numbers | set(starts), reverse=self._options.backwards)
 
-    def _frames(self, at: int, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
-        jobs = self._plan.jobs[at::-1]  # the newest that has the frame
+    def _frames(self, job_index: int, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
+        """Yield frames, each from the latest job that has it, up to the job with this index."""
+        jobs = self._plan.jobs[job_index::-1]
 
-        def place(number: int) -> int:
-            return next(place for place, job in enumerate(jobs) if number in job.places)
+        def source(number: int) -> int:
+            return next(index for index, job in enumerate(jobs) if number in job.indices)
 
-        for which, group in groupby(numbers, key=place):
-            yield from job_frames(self._server, jobs[which], list(group))
+        for index, job_numbers in groupby(numbers, key=source):
+            yield from job_frames(
+                self._server, jobs[index], list(job_numbers), waiting=self._interrupts.allowed
+            )
 
-    def _step(
-        self, objects: Sequence[Followed], number: int, frame: Image.Image, *, new: bool
-    ) -> list[tuple[Followed, TrackedObject]]:
+    def _track_frame(
+        self, objects: Sequence[FollowedObject], number: int, frame: Image.Image
+    ) -> Found:
+        """Track the objects on a frame; one without a state token starts where it was last seen."""
         items: list[Start | Continue] = []
-        there = []
-        for one in objects:
-            token = self._tokens.get(id(one))
-            if token is not None:
-                items.append(Continue(token))
-            elif one.last_seen.frame == number:
-                items.append(Start(Shape(ShapeType(one.type), one.last_seen.points)))
+        tracked = []
+        for obj in objects:
+            progress = obj.progress
+            if progress.token is not None:
+                items.append(Continue(progress.token))
+            elif progress.last_seen.frame == number:
+                shape = Shape(ShapeType(obj.spec.shape_type), progress.last_seen.points)
+                items.append(Start(shape))
             else:
                 continue
-            there.append(one)
+            tracked.append(obj)
         if not items:
             return []
-        found = list(zip(there, self._client.track(frame, items), strict=True))
-        for one, answer in found:
-            self._tokens[id(one)] = answer.token
-            if new:
-                one.note(number, answer.shape.points if answer.shape and not answer.lost else None)
+        # Ctrl-C lets this process finish a frame, but does not wait for a running function.
+        is_remote = isinstance(self._client, RemoteTrackingClient)
+        with self._interrupts.allowed() if is_remote else nullcontext():
+            answers = self._client.track(frame, items)
+        found = list(zip(tracked, answers, strict=True))
+        for obj, answer in found:
+            obj.progress.continue_from(answer.token)
         return found
 
-    def _show(
-        self, number: int, frame: Image.Image, found: Sequence[tuple[Followed, TrackedObject]]
-    ) -> None:
+    def _record(self, found: Found, number: int, *, is_shared: bool) -> None:
+        for obj, answer in found:
+            is_found = answer.shape is not None and not answer.lost
+            points = answer.shape.points if answer.shape is not None and is_found else None
+            obj.progress.record(number, points, is_shared=is_shared)
+            self._summary.lost[obj.spec.name] += not is_found
+        self._summary.frames += 1
+
+    def _show(self, number: int, frame: Image.Image, found: Found) -> None:
         self._sheet.add(number, frame, found)
         self._bar.set_description(f"frame {number}", refresh=False)
         lost = sum(answer.lost for _, answer in found)
@@ -270,7 +294,7 @@ class _Loop:
         self._is_writing = False
 
     def _note(self, note: str) -> None:
-        self._outcome.notes.append(note)
+        self._summary.notes.append(note)
         self._bar.write(note, file=sys.stderr)
 
 
@@ -286,8 +310,8 @@ class _Sheet:
         self._page: ContactSheet | None = None
         self._shown: set[int] = set()
         if out is not None and frames:
-            places = np.linspace(0, len(frames) - 1, min(SHEET_FRAMES, len(frames))).round()
-            self._shown = {frames[int(place)] for place in places}
+            indices = np.linspace(0, len(frames) - 1, min(SHEET_FRAMES, len(frames))).round()
+            self._shown = {frames[int(index)] for index in indices}
             try:
                 out.mkdir(parents=True, exist_ok=True)
             except OSError as err:
@@ -296,19 +320,17 @@ class _Sheet:
                 ) from err
             self._page = ContactSheet(out / "contact_sheet.png", sorted(self._shown))
 
-    def add(
-        self, number: int, frame: Image.Image, found: Sequence[tuple[Followed, TrackedObject]]
-    ) -> None:
-        """Draw a frame if it is one to show."""
+    def add(self, number: int, frame: Image.Image, found: Found) -> None:
+        """Draw a frame if it is among those to show."""
         if self._page is None or number not in self._shown:
             return
         size_hw = (frame.height, frame.width)
         masks = {
-            index: shape_to_mask(one.shape, size_hw) if one.mask is None else one.mask
-            for index, (_, one) in enumerate(found)
-            if one.shape is not None and not one.lost
+            index: shape_to_mask(answer.shape, size_hw) if answer.mask is None else answer.mask
+            for index, (_, answer) in enumerate(found)
+            if answer.shape is not None and not answer.lost
         }
-        names = [followed.name for followed, _ in found]
+        names = [obj.spec.name for obj, _ in found]
         self._page.add(number, draw_masks(np.asarray(frame), masks, names))
 
     def close(self) -> None:

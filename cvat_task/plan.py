@@ -1,6 +1,6 @@
-"""Owns what a run on a CVAT task will do: which objects, from where, over which frames.
+"""Plan a run on a CVAT task: which objects, from where, over which frames.
 
-Asks the server and changes nothing on it, but that an interrupted batch is brought to its end.
+Planning changes nothing on the server, except that it completes an interrupted batch.
 """
 
 from __future__ import annotations
@@ -8,10 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cvat_task.connection import CvatConnection, Job
-from cvat_task.followed_objects import SOURCE, Followed, Wanted, choose, first_frame, resume, series
-from cvat_task.job_writer import Journal, recover
+from cvat_task.connection import CvatConnection
+from cvat_task.followed_object import SOURCE, FollowedObject
+from cvat_task.handover import resume
+from cvat_task.job import Job
+from cvat_task.job_writer import recover
+from cvat_task.journal import Journal
 from cvat_task.keyframes import Json
+from cvat_task.object_selection import ObjectFilter, first_frame, select_objects
+from cvat_task.shape_matching import series_of
 from errors import BadRequestError
 
 BATCH_FRAMES = 50
@@ -27,8 +32,8 @@ class RunOptions:
         objects: Server ids of what to follow, each `12`, `shape:12` or `track:12`; none means all.
         label: Follow only objects of this label; None means of all.
         backwards: Follow the objects towards frame 0.
-        every: See `build_track`.
-        batch: Frames between two writes.
+        keyframe_interval: See `build_track`.
+        batch_frames: Frames between two writes.
     """
 
     from_frame: int | None = None
@@ -36,47 +41,47 @@ class RunOptions:
     objects: tuple[str, ...] = ()
     label: str | None = None
     backwards: bool = False
-    every: int = 1
-    batch: int = BATCH_FRAMES
+    keyframe_interval: int = 1
+    batch_frames: int = BATCH_FRAMES
 
-    def beyond(self, frame: int, other: int) -> bool:
+    def is_after(self, frame: int, other: int) -> bool:
         """Tell whether a frame comes after another one in tracking order."""
         return frame < other if self.backwards else frame > other
 
-    def ordered(self, job: Job) -> list[int]:
+    def in_order(self, job: Job) -> list[int]:
         """Return a job's usable frames in tracking order."""
         return sorted(job.usable, reverse=self.backwards)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """Where a run begins.
+    """Where a run begins, and where it ends.
 
     Attributes:
         jobs: All jobs in tracking order.
-        at: Which of them it begins in.
+        first_job: Index of the job it begins in.
         annotations: Of that job.
-        objects: What is followed.
-        anchor: The frame where it begins; it and all before are done.
+        objects: The objects to follow.
+        done_frame: The frame where it begins; this and all before are done.
         target: The last frame to track.
         is_repeat: Whether it goes on where an interrupted run has ended.
-        gone: Names of objects that run followed and that are not there any more.
+        missing: Names of objects that the interrupted run followed and that no longer exist.
     """
 
     jobs: list[Job]
-    at: int
+    first_job: int
     annotations: Json
-    objects: list[Followed]
-    anchor: int
+    objects: list[FollowedObject]
+    done_frame: int
     target: int
     is_repeat: bool = False
-    gone: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
 def make_plan(
     server: CvatConnection,
     job_ids: Sequence[int],
-    request: RunOptions,
+    options: RunOptions,
     journal: Journal,
     *,
     restart: bool = False,
@@ -85,174 +90,194 @@ def make_plan(
     """Find out what to track from where.
 
     Args:
-        server: It is asked; an interrupted batch is brought to its end there.
+        server: The server; an interrupted batch is completed there.
         job_ids: By their first frames.
-        request: What was asked for.
-        journal: How far an interrupted run of the same request came.
+        options: What was asked for.
+        journal: How far an interrupted run of the same command came.
         restart: Whether to begin anew all the same.
         dry: Whether to leave the server as it is.
 
     Raises:
         CvatError: The server does not answer as it should.
-        BadRequestError: What was asked for is not there.
+        BadRequestError: What was asked for does not exist.
     """
-    jobs = [server.job(number) for number in job_ids]
-    if request.backwards:
+    jobs = [server.job(job_id) for job_id in job_ids]
+    if options.backwards:
         jobs.reverse()
-    frames = [frame for job in jobs for frame in request.ordered(job)]
+    frames = [frame for job in jobs for frame in options.in_order(job)]
     if not frames:
         raise BadRequestError("there are no frames to track on: all are deleted")
-    target = frames[-1] if request.to_frame is None else request.to_frame
+    target = frames[-1] if options.to_frame is None else options.to_frame
     if target not in frames:
         raise BadRequestError(f"--to-frame {target} is not a frame to track on: {_span(frames)}")
 
-    repeat = _repeat(server, jobs, journal, target, dry=dry)
+    repeat = _plan_repeat(server, jobs, journal, target, dry=dry)
     if repeat is not None and not restart:
-        _check_sizes(repeat, request)
+        _check_sizes(repeat, options)
         return repeat
 
-    if request.from_frame is not None and request.from_frame not in frames:
+    if options.from_frame is not None and options.from_frame not in frames:
         raise BadRequestError(
-            f"--from-frame {request.from_frame} is not a frame to track on: {_span(frames)}"
+            f"--from-frame {options.from_frame} is not a frame to track on: {_span(frames)}"
         )
-    wanted = _wanted(request, jobs[0])
-    for at, job in enumerate(jobs):
+    wanted = _object_filter(options, jobs[0])
+    for index, job in enumerate(jobs):
         annotations = server.annotations(job.id)
-        begins = [one for one in request.ordered(job) if request.from_frame in {None, one}]
-        anchor = first_frame(annotations, begins, wanted=wanted)
-        if anchor is not None:
-            objects = choose(
-                annotations, anchor, job.labels, wanted=wanted, tracks_allowed=job.tracks_allowed
+        starts = [frame for frame in options.in_order(job) if options.from_frame in {None, frame}]
+        start = first_frame(annotations, starts, wanted=wanted)
+        if start is not None:
+            objects = select_objects(
+                annotations, start, job.labels, wanted=wanted, tracks_allowed=job.tracks_allowed
             )
-            plan = Plan(jobs, at, annotations, objects, anchor, target)
-            _check(plan, request)
+            plan = Plan(jobs, index, annotations, objects, start, target)
+            _check(plan, options)
             return plan
-    place = "any frame" if request.from_frame is None else f"frame {request.from_frame}"
+    where = "any frame" if options.from_frame is None else f"frame {options.from_frame}"
     raise BadRequestError(
-        f"there is nothing to track on {place}: draw a mask, polygon, rectangle or ellipse there"
-        + (", or ask for other --objects or another --label" if wanted != Wanted() else "")
+        f"there is nothing to track on {where}: draw a mask, polygon, rectangle or ellipse there"
+        + (", or ask for other --objects or another --label" if wanted != ObjectFilter() else "")
     )
 
 
-def _repeat(
+def _plan_repeat(
     server: CvatConnection, jobs: Sequence[Job], journal: Journal, target: int, *, dry: bool
 ) -> Plan | None:
     """Return the plan that goes on where an interrupted run has ended, if there was one."""
-    kept = journal.load()
-    at = next((at for at, job in enumerate(jobs) if kept and job.id == kept["job"]), None)
-    if kept is None or at is None:
+    saved = journal.load()
+    if saved is None:
         return None
-    anchor, objects = recover(server, kept, change=not dry)
-    annotations = server.annotations(jobs[at].id)
-    there: list[Followed] = []
-    gone: list[Followed] = []
-    for one in objects:
-        (there if resume(one, annotations, anchor) else gone).append(one)
-    if not there:
+    index = next((index for index, job in enumerate(jobs) if job.id == saved["job"]), None)
+    if index is None:
         return None
-    names = tuple(one.name for one in gone)
-    return Plan(list(jobs), at, annotations, there, anchor, target, is_repeat=True, gone=names)
+    done_frame, saved_objects = recover(server, saved, change=not dry)
+    annotations = server.annotations(jobs[index].id)
+    objects: list[FollowedObject] = []
+    missing: list[str] = []
+    for obj in saved_objects:
+        resumed = resume(obj, annotations, done_frame)
+        if resumed is None:
+            missing.append(obj.spec.name)
+        else:
+            objects.append(resumed)
+    if not objects:
+        return None
+    return Plan(
+        list(jobs),
+        index,
+        annotations,
+        objects,
+        done_frame,
+        target,
+        is_repeat=True,
+        missing=tuple(missing),
+    )
 
 
-def describe(plan: Plan, request: RunOptions) -> list[str]:
+def describe(plan: Plan, options: RunOptions) -> list[str]:
     """Return lines for people: what would change, and what is skipped."""
     lines = []
     if plan.is_repeat:
         lines.append(
-            f"an earlier run of this command was interrupted: going on after frame {plan.anchor} "
-            "(--restart begins anew)"
+            "an earlier run of this command was interrupted: going on after frame "
+            f"{plan.done_frame} (--restart begins anew)"
         )
-    for job, frames in todo(plan, request):
+    for job, frames in frames_by_job(plan, options):
         lines.append(f"job {job.id}: {len(frames)} frames to track, {frames[0]} to {frames[-1]}")
         low, high = sorted((frames[0], frames[-1]))
         for what, skipped in (("deleted", job.deleted), ("honeypot", job.honeypots)):
-            there = sorted(frame for frame in skipped if low <= frame <= high)
-            if there:
-                numbers = ", ".join(map(str, there))
-                plural = "s" if len(there) > 1 else ""
-                lines.append(f"  skipped: {len(there)} {what} frame{plural} ({numbers})")
+            between = sorted(frame for frame in skipped if low <= frame <= high)
+            if between:
+                numbers = ", ".join(map(str, between))
+                plural = "s" if len(between) > 1 else ""
+                lines.append(f"  skipped: {len(between)} {what} frame{plural} ({numbers})")
         if not job.tracks_allowed:
             lines.append("  this task has honeypots and takes no tracks: one shape per frame")
-    lines += [f"  {name}: changed or deleted by somebody since: left alone" for name in plan.gone]
-    return lines + [f"  {_describe_object(one, plan, request)}" for one in plan.objects]
+    lines += [
+        f"  {name}: changed or deleted by somebody since: left alone" for name in plan.missing
+    ]
+    return lines + [f"  {_describe_object(obj, plan, options)}" for obj in plan.objects]
 
 
-def todo(plan: Plan, request: RunOptions) -> list[tuple[Job, list[int]]]:
-    """Return the jobs with the frames to track in each; frames that two share come once."""
-    todo = []
-    anchor = plan.anchor
-    for job in plan.jobs[plan.at :]:
+def frames_by_job(plan: Plan, options: RunOptions) -> list[tuple[Job, list[int]]]:
+    """Return the jobs with the frames to track in each; a frame that two share comes once."""
+    result = []
+    done_frame = plan.done_frame
+    for job in plan.jobs[plan.first_job :]:
         frames = [
             frame
-            for frame in request.ordered(job)
-            if request.beyond(frame, anchor) and not request.beyond(frame, plan.target)
+            for frame in options.in_order(job)
+            if options.is_after(frame, done_frame) and not options.is_after(frame, plan.target)
         ]
         if frames:
-            todo.append((job, frames))
-            anchor = frames[-1]
-    return todo
+            result.append((job, frames))
+            done_frame = frames[-1]
+    return result
 
 
-def _describe_object(one: Followed, plan: Plan, request: RunOptions) -> str:
-    low, high = sorted((plan.anchor, plan.target))
-    inside = range(low, high + 1)
-    if one.as_track:
-        text = f"{one.name}: {one.type} -> track, a keyframe every {request.every}"
-        replaced = sum(
-            key["frame"] in inside and key["frame"] != plan.anchor for key in one.keyframes
-        )
-        return text + (f"; replaces {replaced} keyframes" if replaced else "")
-    group = f"group {one.group}" if one.group else "a new group"
-    text = f"{one.name}: {one.type} -> one shape per frame, in {group}"
-    replaced = sum(
-        one.alike > 0
-        and series(shape) == series(one.like)
-        and shape["frame"] in inside
-        and shape["frame"] != plan.anchor
+def _describe_object(obj: FollowedObject, plan: Plan, options: RunOptions) -> str:
+    spec, progress = obj.spec, obj.progress
+    low, high = sorted((plan.done_frame, plan.target))
+    replaced_frames = set(range(low, high + 1)) - {plan.done_frame}
+    if spec.is_track:
+        text = f"{spec.name}: {spec.shape_type} -> track, a keyframe every "
+        text += f"{options.keyframe_interval}"
+        count = sum(key["frame"] in replaced_frames for key in progress.keyframes)
+        return text + (f"; replaces {count} keyframes" if count else "")
+    group = f"group {progress.group}" if progress.group else "a new group"
+    text = f"{spec.name}: {spec.shape_type} -> one shape per frame, in {group}"
+    count = sum(
+        spec.earlier_shapes_per_frame > 0
+        and series_of(shape) == series_of(spec.template)
+        and shape["frame"] in replaced_frames
         and shape["source"] == SOURCE
         for shape in plan.annotations["shapes"]
     )
-    return text + (f"; replaces up to {replaced} shapes" if replaced else "")
+    return text + (f"; replaces up to {count} shapes" if count else "")
 
 
-def _wanted(request: RunOptions, job: Job) -> Wanted:
+def _object_filter(options: RunOptions, job: Job) -> ObjectFilter:
     label_ids = None
-    if request.label is not None:
-        names = {label.name: number for number, label in job.labels.items()}
-        if request.label not in names:
+    if options.label is not None:
+        ids = {label.name: label_id for label_id, label in job.labels.items()}
+        if options.label not in ids:
             raise BadRequestError(
-                f"there is no label {request.label!r}: expected one of {', '.join(sorted(names))}"
+                f"there is no label {options.label!r}: expected one of {', '.join(sorted(ids))}"
             )
-        label_ids = frozenset([names[request.label]])
-    return Wanted(frozenset(request.objects) or None, label_ids)
+        label_ids = frozenset([ids[options.label]])
+    return ObjectFilter(frozenset(options.objects) or None, label_ids)
 
 
-def _check(plan: Plan, request: RunOptions) -> None:
-    names = {name for one in plan.objects for name in (one.name.split()[0], str(one.standing))}
-    missing = [name for name in request.objects if name not in names]
+def _check(plan: Plan, options: RunOptions) -> None:
+    names = {
+        name
+        for obj in plan.objects
+        if obj.progress.existing is not None
+        for name in (obj.progress.existing.reference, str(obj.progress.existing.id))
+    }
+    missing = [name for name in options.objects if name not in names]
     if missing:
         raise BadRequestError(
-            f"--objects {', '.join(missing)}: not on frame {plan.anchor}; objects that begin on "
-            "another frame are tracked by a run of their own, with --from-frame"
+            f"--objects {', '.join(missing)}: not on frame {plan.done_frame}; objects that begin "
+            "on another frame are tracked by a run of their own, with --from-frame"
         )
-    if not request.beyond(plan.target, plan.anchor):
+    if not options.is_after(plan.target, plan.done_frame):
         raise BadRequestError(
-            f"--to-frame {plan.target} does not come after frame {plan.anchor}, where the objects "
-            f"are{'' if request.backwards else ': --backwards tracks towards frame 0'}"
+            f"--to-frame {plan.target} does not come after frame {plan.done_frame}, where the "
+            f"objects are{'' if options.backwards else ': --backwards tracks towards frame 0'}"
         )
-    _check_sizes(plan, request)
+    _check_sizes(plan, options)
 
 
-def _check_sizes(plan: Plan, request: RunOptions) -> None:
-    # A repeat may begin in a job with the last frame of the one before.
-    begun = next(job for job in plan.jobs[plan.at :: -1] if plan.anchor in job.places)
-    size_hw = begun.size_hw(plan.anchor)
-    for job, frames in todo(plan, request):
+def _check_sizes(plan: Plan, options: RunOptions) -> None:
+    # A repeat may begin in a job with the last frame of the job before.
+    jobs = plan.jobs[plan.first_job :: -1]
+    size_hw = next(job for job in jobs if plan.done_frame in job.indices).size_hw(plan.done_frame)
+    for job, frames in frames_by_job(plan, options):
         for frame in frames:
             if job.size_hw(frame) != size_hw:
                 raise BadRequestError(
-                    f"frame {frame} has another size than frame {plan.anchor}: objects are tracked "
-                    "through frames of one size only, choose another --to-frame"
+                    f"frame {frame} has another size than frame {plan.done_frame}: objects are "
+                    "tracked through frames of one size only, choose another --to-frame"
                 )
 
 

@@ -10,11 +10,12 @@ import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
 from clips.reader import open_clip
+from clips.shape_files import read_initial_shapes
+from clips.track_clip import track_clip
 from clips.tracking_client import LocalTrackingClient
 from micro_training.demo_clip import write_demo_clip
 from micro_training.metrics import boundary_f, region_iou
 from settings import Settings
-from track_video import read_prompts, track_clip
 
 OUT = Path("out/demo")
 
@@ -22,7 +23,7 @@ OUT = Path("out/demo")
 def main() -> None:
     """Make the clip, track it, and print J and F and the names of the written files."""
     write_demo_clip(OUT)
-    prompts = read_prompts(OUT / "shapes.json")
+    prompts = read_initial_shapes(OUT / "shapes.json")
     client = LocalTrackingClient(Settings(model_id="micro"))
     outcome = track_clip(open_clip(OUT / "frames"), prompts, client, OUT)
     truth = np.load(OUT / "truth.npz")["masks"]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from cvat_task.annotations import build_track
-from cvat_task.followed_objects import Label, Wanted, choose
+from cvat_task.job import Label
+from cvat_task.object_selection import ObjectFilter, select_objects
 
 Json = dict[str, Any]
 
@@ -20,11 +21,15 @@ DEFAULTS: dict[str, Json] = RULES["defaults"]
 def track_in_cvat_task(case: Json, annotations: Json) -> tuple[list[float], Json | None]:
     """Run a case in `cvat_task`: the points that tracking starts from, and the track to create."""
     labels = {4: Label("label", frozenset(RULES["mutable_attributes"]))}
-    [obj] = choose(annotations, case["frame"], labels, wanted=Wanted(), tracks_allowed=True)
-    prompt = obj.last_seen.points
+    [obj] = select_objects(
+        annotations, case["frame"], labels, wanted=ObjectFilter(), tracks_allowed=True
+    )
+    prompt = obj.progress.last_seen.points
     for frame, points in case["tracked"]:
-        obj.note(frame, points)
-    track = build_track(obj, labels, every=case["interval"], next_frame=case["next_frame"])
+        obj.progress.record(frame, points)
+    track = build_track(
+        obj, labels, keyframe_interval=case["interval"], next_frame=case["next_frame"]
+    )
     return prompt, track
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cvat_task.keyframes import position, upright
+from cvat_task.keyframes import keyframe_at, upright
 from shapes import Shape, ShapeType, shape_to_mask
 
 # What the UI of CVAT 2.54 gave an action: tracks, and where they are between two keyframes.
@@ -34,9 +34,9 @@ def test_positions_are_those_that_cvat_showed() -> None:
 
     assert len(tracks) == 2
     for track in tracks:
-        place = position(track, 7)
-        assert place is not None
-        assert place["points"] == pytest.approx(states[track["clientID"]]["points"])
+        keyframe = keyframe_at(track["shapes"], 7)
+        assert keyframe is not None
+        assert keyframe["points"] == pytest.approx(states[track["clientID"]]["points"])
 
 
 def test_a_track_is_nowhere_before_it_begins_and_while_it_is_outside() -> None:
@@ -47,9 +47,8 @@ def test_a_track_is_nowhere_before_it_begins_and_while_it_is_outside() -> None:
         key("rectangle", 2, box),
         key("rectangle", 8, box),
     ]
-    track = {"shapes": keys}
 
-    there = [frame for frame in range(12) if position(track, frame) is not None]
+    there = [frame for frame in range(12) if keyframe_at(keys, frame) is not None]
     assert there == [2, 3, 4, 8, 9, 10, 11]
 
 
@@ -59,11 +58,11 @@ def test_boxes_move_evenly_and_turn_the_short_way() -> None:
         key("rectangle", 0, [0, 0, 10, 10], rotation=350),
         key("rectangle", 4, [8, 4, 18, 14], rotation=30),
     ]
-    place = position({"shapes": keys}, 2)
+    keyframe = keyframe_at(keys, 2)
 
-    assert place is not None
-    assert place["points"] == [4, 2, 14, 12]
-    assert place["rotation"] == pytest.approx(10)
+    assert keyframe is not None
+    assert keyframe["points"] == [4, 2, 14, 12]
+    assert keyframe["rotation"] == pytest.approx(10)
 
 
 def test_attributes_hold_from_their_keyframe_on() -> None:
@@ -74,10 +73,10 @@ def test_attributes_hold_from_their_keyframe_on() -> None:
         key("rectangle", 0, box, attributes=first),
         key("rectangle", 3, box, attributes=[{"spec_id": 2, "value": "y"}]),
     ]
-    place = position({"shapes": keys}, 5)
+    keyframe = keyframe_at(keys, 5)
 
-    assert place is not None
-    assert {one["spec_id"]: one["value"] for one in place["attributes"]} == {1: "a", 2: "y"}
+    assert keyframe is not None
+    assert {one["spec_id"]: one["value"] for one in keyframe["attributes"]} == {1: "a", 2: "y"}
 
 
 def test_vertices_pair_up_along_their_rings() -> None:
@@ -85,10 +84,10 @@ def test_vertices_pair_up_along_their_rings() -> None:
     square = [0.0, 0.0, 8.0, 0.0, 8.0, 8.0, 0.0, 8.0]
     with_one_more = [0.0, 0.0, 4.0, -4.0, 8.0, 0.0, 8.0, 8.0, 0.0, 8.0]
     keys = [key("polygon", 0, square), key("polygon", 2, with_one_more)]
-    place = position({"shapes": keys}, 1)
+    keyframe = keyframe_at(keys, 1)
 
-    assert place is not None
-    mask = shape_to_mask(Shape(ShapeType.POLYGON, place["points"]), (16, 16))
+    assert keyframe is not None
+    mask = shape_to_mask(Shape(ShapeType.POLYGON, keyframe["points"]), (16, 16))
     solid = shape_to_mask(Shape(ShapeType.POLYGON, square), (16, 16))
     assert np.count_nonzero(mask & solid) >= 0.9 * np.count_nonzero(solid)
 
@@ -113,11 +112,11 @@ def test_a_polygon_that_only_moves_keeps_its_form(
         key("polygon", 0, left.ravel().tolist()),
         key("polygon", 10, (left + shift).ravel().tolist()),
     ]
-    place = position({"shapes": keys}, share)
+    keyframe = keyframe_at(keys, share)
 
-    assert place is not None
+    assert keyframe is not None
     expected = (left + np.array(shift) * share / 10).ravel()
-    assert place["points"] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert keyframe["points"] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("angle", [0, 30, 90, 200])

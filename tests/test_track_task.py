@@ -15,14 +15,14 @@ from tqdm import tqdm
 
 from cvat_task import loop
 from testbed.cvat_server import MUTABLE, Call, Task
-from tests.task_desk import (
+from tests.task_harness import (
     MASK,
     POLYGON,
-    Desk,
     MovingTrackingClient,
-    desk,
-    desk_with,
+    TaskHarness,
     frames_of,
+    harness,
+    harness_for,
     keyframe,
     moved_by,
     shape,
@@ -30,19 +30,19 @@ from tests.task_desk import (
     without_ids,
 )
 
-__all__ = ["desk", "desk_with"]  # fixtures
+__all__ = ["harness", "harness_for"]  # fixtures
 
 
 # ---------------------------------------------------------------------- what is written
 
 
-def test_a_polygon_becomes_a_track_and_a_mask_one_shape_per_frame(desk: Desk) -> None:
+def test_a_polygon_becomes_a_track_and_a_mask_one_shape_per_frame(harness: TaskHarness) -> None:
     """The polygon's shape gives way to the track; the mask is grouped with what follows it."""
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON, z_order=3, occluded=True, group=4))
-    desk.server.add(6, "shapes", **shape("mask", MASK))
-    code = desk.track("--batch", "5")
-    (track,) = desk.server.tracks(6)
-    masks = desk.server.shapes(6)
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON, z_order=3, occluded=True, group=4))
+    harness.server.add(6, "shapes", **shape("mask", MASK))
+    code = harness.track("--batch", "5")
+    (track,) = harness.server.tracks(6)
+    masks = harness.server.shapes(6)
 
     assert code == 0
     assert visible(track) == dict.fromkeys(range(12), True)
@@ -59,39 +59,39 @@ def test_a_polygon_becomes_a_track_and_a_mask_one_shape_per_frame(desk: Desk) ->
         assert one["attributes"] == [{"spec_id": 1, "value": "big"}]
 
 
-def test_lost_objects_are_outside_until_they_are_found(desk: Desk) -> None:
+def test_lost_objects_are_outside_until_they_are_found(harness: TaskHarness) -> None:
     """On both sides of a change there are keyframes; a mask is not drawn where it is lost."""
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
-    desk.server.add(6, "shapes", **shape("mask", MASK))
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
+    harness.server.add(6, "shapes", **shape("mask", MASK))
     client = MovingTrackingClient(lost=lambda _, frame: 4 <= frame <= 6)
-    desk.track("--keyframe-every", "100", "--batch", "3", client=client)
-    (track,) = desk.server.tracks(6)
+    harness.track("--keyframe-every", "100", "--batch", "3", client=client)
+    (track,) = harness.server.tracks(6)
 
     assert visible(track) == {0: True, 3: True, 4: False, 6: False, 7: True, 11: True}
-    assert [one["frame"] for one in desk.server.shapes(6)] == [0, 1, 2, 3, 7, 8, 9, 10, 11]
+    assert [one["frame"] for one in harness.server.shapes(6)] == [0, 1, 2, 3, 7, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize("batch", ["1", "4", "5", "50"])
-def test_batches_leave_no_trace(desk: Desk, batch: str) -> None:
+def test_batches_leave_no_trace(harness: TaskHarness, batch: str) -> None:
     """However often is written, the keyframes are those of one long batch."""
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     client = MovingTrackingClient(lost=lambda _, frame: frame == 8)
-    desk.track("--keyframe-every", "4", "--batch", batch, "--to-frame", "10", client=client)
-    (track,) = desk.server.tracks(6)
+    harness.track("--keyframe-every", "4", "--batch", batch, "--to-frame", "10", client=client)
+    (track,) = harness.server.tracks(6)
 
     frames = {0: True, 4: True, 7: True, 8: False, 9: True, 10: True, 11: False}
     assert visible(track) == frames
 
 
 def test_a_track_starts_between_its_keyframes_and_keeps_those_beyond(
-    desk_with: Callable[[Task], Desk],
+    harness_for: Callable[[Task], TaskHarness],
 ) -> None:
     """The prompt is the interpolated position; attributes that change stay where they change."""
     task = Task(frames_of(12))
     task.labels[0]["attributes"].append(MUTABLE)
-    desk = desk_with(task)
+    harness = harness_for(task)
     jumping = [{"spec_id": 2, "value": "jumping"}]
-    desk.server.add(
+    harness.server.add(
         6,
         "tracks",
         frame=0,
@@ -105,8 +105,8 @@ def test_a_track_starts_between_its_keyframes_and_keeps_those_beyond(
         ],
     )
     client = MovingTrackingClient()
-    desk.track("--from-frame", "2", "--to-frame", "6", "--keyframe-every", "100", client=client)
-    (track,) = desk.server.tracks(6)
+    harness.track("--from-frame", "2", "--to-frame", "6", "--keyframe-every", "100", client=client)
+    (track,) = harness.server.tracks(6)
 
     assert client.starts == [(2, [4.0, 2.0, 24.0, 22.0])]
     assert [key["frame"] for key in track["shapes"]] == [0, 2, 4, 6, 10]
@@ -116,96 +116,98 @@ def test_a_track_starts_between_its_keyframes_and_keeps_those_beyond(
     assert [key["z_order"] for key in track["shapes"]] == [0, 0, 2, 2, 2]
 
 
-def test_only_what_was_asked_for_is_followed(desk: Desk) -> None:
+def test_only_what_was_asked_for_is_followed(harness: TaskHarness) -> None:
     """By label, by id; everything else stays as it is."""
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
-    chosen = desk.server.add(6, "shapes", **shape("polygon", POLYGON, label_id=7, attributes=[]))
-    desk.server.add(6, "shapes", **shape("points", [1, 1]))
-    desk.track("--label", "bed", "--to-frame", "3")
-    (first,) = desk.server.tracks(6)
-    left = desk.server.shapes(6)
-    desk.track("--objects", f"shape:{left[0]['id']}", "--to-frame", "4")
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
+    chosen = harness.server.add(6, "shapes", **shape("polygon", POLYGON, label_id=7, attributes=[]))
+    harness.server.add(6, "shapes", **shape("points", [1, 1]))
+    harness.track("--label", "bed", "--to-frame", "3")
+    (first,) = harness.server.tracks(6)
+    left = harness.server.shapes(6)
+    harness.track("--objects", f"shape:{left[0]['id']}", "--to-frame", "4")
 
     assert first["label_id"] == 7
     assert len(left) == 2
     assert chosen not in {one["id"] for one in left}
-    assert [track["label_id"] for track in desk.server.tracks(6)] == [7, 6]
+    assert [track["label_id"] for track in harness.server.tracks(6)] == [7, 6]
 
 
-def test_backwards_goes_to_the_first_frame(desk: Desk) -> None:
+def test_backwards_goes_to_the_first_frame(harness: TaskHarness) -> None:
     """From the last frame that has objects; the track ends behind it."""
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON, frame=7))
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON, frame=7))
     client = MovingTrackingClient()
-    desk.track("--backwards", "--batch", "3", client=client)
-    (track,) = desk.server.tracks(6)
+    harness.track("--backwards", "--batch", "3", client=client)
+    (track,) = harness.server.tracks(6)
 
     assert client.seen == list(range(7, -1, -1))
     assert visible(track) == dict.fromkeys(range(8), True) | {8: False}
     assert track["shapes"][0]["points"] == moved_by("polygon", POLYGON, -7)
 
 
-def test_tracking_again_replaces_what_tracking_made(desk: Desk) -> None:
+def test_tracking_again_replaces_what_tracking_made(harness: TaskHarness) -> None:
     """Grouped semi-auto masks are made anew; one that somebody drew stays, its frame is left."""
-    desk.server.add(6, "shapes", **shape("mask", MASK))
-    desk.server.add(6, "shapes", **shape("mask", moved_by("mask", MASK, 20), group=9))
-    desk.track()
-    drawn = desk.server.shapes(6, frame=5, group=10)[0]
-    desk.server.remove(6, "shapes", drawn["id"])
-    desk.server.add(6, "shapes", **shape("mask", MASK, frame=5, group=10))
-    other = desk.server.shapes(6, group=9)
-    desk.track(
-        "--from-frame", "2", "--objects", str(desk.server.shapes(6, frame=2, group=10)[0]["id"])
+    harness.server.add(6, "shapes", **shape("mask", MASK))
+    harness.server.add(6, "shapes", **shape("mask", moved_by("mask", MASK, 20), group=9))
+    harness.track()
+    drawn = harness.server.shapes(6, frame=5, group=10)[0]
+    harness.server.remove(6, "shapes", drawn["id"])
+    harness.server.add(6, "shapes", **shape("mask", MASK, frame=5, group=10))
+    other = harness.server.shapes(6, group=9)
+    harness.track(
+        "--from-frame", "2", "--objects", str(harness.server.shapes(6, frame=2, group=10)[0]["id"])
     )
-    masks = desk.server.shapes(6, group=10)
+    masks = harness.server.shapes(6, group=10)
 
     assert [one["frame"] for one in masks] == list(range(12))
     assert masks[5]["source"] == "manual"
     assert masks[5]["points"] == MASK
-    assert desk.server.shapes(6, group=9) == other
+    assert harness.server.shapes(6, group=9) == other
 
 
-def test_earlier_masks_go_where_the_object_is_not_found_now(desk: Desk) -> None:
+def test_earlier_masks_go_where_the_object_is_not_found_now(harness: TaskHarness) -> None:
     """Also when a whole batch finds nothing to put in their place."""
-    desk.server.add(6, "shapes", **shape("mask", MASK))
-    desk.track()
+    harness.server.add(6, "shapes", **shape("mask", MASK))
+    harness.track()
     client = MovingTrackingClient(lost=lambda _, frame: 3 <= frame <= 9)
-    desk.track("--batch", "4", client=client)
+    harness.track("--batch", "4", client=client)
 
-    assert [one["frame"] for one in desk.server.shapes(6)] == [0, 1, 2, 10, 11]
+    assert [one["frame"] for one in harness.server.shapes(6)] == [0, 1, 2, 10, 11]
 
 
-def test_a_new_group_is_nobody_elses(desk: Desk) -> None:
+def test_a_new_group_is_nobody_elses(harness: TaskHarness) -> None:
     """Neither of shapes, tracks nor tags."""
-    desk.server.add(6, "shapes", **shape("mask", MASK))
+    harness.server.add(6, "shapes", **shape("mask", MASK))
     tag = {"id": 1, "frame": 3, "label_id": 7, "group": 5, "source": "manual", "attributes": []}
-    desk.server.data[6]["tags"].append(tag)
-    desk.track()
+    harness.server.data[6]["tags"].append(tag)
+    harness.track()
 
-    assert {one["group"] for one in desk.server.shapes(6)} == {6}
+    assert {one["group"] for one in harness.server.shapes(6)} == {6}
 
 
-def test_a_dry_run_changes_nothing(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_changes_nothing(
+    harness: TaskHarness, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It says what would be made of what, and asks for no frame."""
-    number = desk.server.add(6, "shapes", **shape("polygon", POLYGON))
-    before = desk.server.annotations(6)
-    code = desk.track("--dry-run")
+    number = harness.server.add(6, "shapes", **shape("polygon", POLYGON))
+    before = harness.server.annotations(6)
+    code = harness.track("--dry-run")
 
     assert code == 0
-    assert desk.server.annotations(6) == before
-    assert not [call for call in desk.server.calls if call.path.endswith("/data")]
-    assert not [call for call in desk.server.calls if call.method == "PATCH"]
+    assert harness.server.annotations(6) == before
+    assert not [call for call in harness.server.calls if call.path.endswith("/data")]
+    assert not [call for call in harness.server.calls if call.method == "PATCH"]
     out = capsys.readouterr().out
     assert "job 6: 11 frames to track, 1 to 11" in out
     assert f"shape:{number} child: polygon -> track" in out
 
 
 def test_a_summary_and_a_contact_sheet(
-    desk: Desk, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    harness: TaskHarness, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Frames, speed, and how often each object was lost."""
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     client = MovingTrackingClient(lost=lambda _, frame: frame in {3, 4})
-    desk.track("--out", str(tmp_path / "out"), client=client)
+    harness.track("--out", str(tmp_path / "out"), client=client)
     printed = capsys.readouterr()
 
     assert "11 frames tracked" in printed.out
@@ -215,7 +217,7 @@ def test_a_summary_and_a_contact_sheet(
 
 
 def test_the_bar_tells_frame_objects_lost_and_speed(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    harness: TaskHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For whoever waits."""
     screen = io.StringIO()
@@ -226,8 +228,8 @@ def test_the_bar_tells_frame_objects_lost_and_speed(
             super().__init__(file=screen, mininterval=0, ncols=200, **options)
 
     monkeypatch.setattr(loop, "tqdm", Bar)
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
-    desk.track(client=MovingTrackingClient(lost=lambda _, frame: frame == 11))
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
+    harness.track(client=MovingTrackingClient(lost=lambda _, frame: frame == 11))
     last = screen.getvalue().rstrip().rpartition("\r")[2]
 
     assert last.startswith("frame 11: 100%")
@@ -242,32 +244,32 @@ def test_the_bar_tells_frame_objects_lost_and_speed(
 @pytest.mark.parametrize("video", [True, False])
 @pytest.mark.parametrize("options", [[], ["--backwards", "--from-frame", "11"]])
 def test_every_kind_of_task_gives_the_right_frames(
-    desk_with: Callable[[Task], Desk], *, video: bool, options: list[str]
+    harness_for: Callable[[Task], TaskHarness], *, video: bool, options: list[str]
 ) -> None:
     """Videos and images, with a first frame, a frame step and deleted frames."""
     task = Task(frames_of(12), video=video, start=7, step=3, deleted=[2, 5, 6, 8], chunk_size=5)
-    desk = desk_with(task)
+    harness = harness_for(task)
     for frame in (0, 11):
-        desk.server.add(6, "shapes", **shape("polygon", POLYGON, frame=frame))
+        harness.server.add(6, "shapes", **shape("polygon", POLYGON, frame=frame))
     client = MovingTrackingClient()
-    code = desk.track(*options, client=client)
+    code = harness.track(*options, client=client)
     numbers = [0, 1, 3, 4, 7, 9, 10, 11]
 
     assert code == 0
     assert client.seen == (numbers[::-1] if options else numbers)
-    keyframes = [key["frame"] for key in desk.server.tracks(6)[0]["shapes"]]
+    keyframes = [key["frame"] for key in harness.server.tracks(6)[0]["shapes"]]
     assert keyframes == numbers
 
 
 def test_honeypots_are_skipped_and_such_tasks_get_shapes(
-    desk_with: Callable[[Task], Desk], capsys: pytest.CaptureFixture[str]
+    harness_for: Callable[[Task], TaskHarness], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """CVAT refuses tracks there, and another picture would confuse the tracker."""
-    desk = desk_with(Task(frames_of(12), video=False, honeypots=[3, 9]))
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    harness = harness_for(Task(frames_of(12), video=False, honeypots=[3, 9]))
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     client = MovingTrackingClient()
-    code = desk.track("--batch", "4", client=client)
-    shapes = desk.server.shapes(6)
+    code = harness.track("--batch", "4", client=client)
+    shapes = harness.server.shapes(6)
 
     assert code == 0
     assert client.seen == [frame for frame in range(12) if frame not in {3, 9}]
@@ -276,7 +278,7 @@ def test_honeypots_are_skipped_and_such_tasks_get_shapes(
     assert "skipped: 2 honeypot frames (3, 9)" in capsys.readouterr().out
 
 
-def test_the_next_chunk_is_fetched_while_the_model_works(desk: Desk) -> None:
+def test_the_next_chunk_is_fetched_while_the_model_works(harness: TaskHarness) -> None:
     """The model, on the first frame of a chunk, waits until the next one was asked for."""
     asked = {index: threading.Event() for index in range(3)}
     seen = []
@@ -289,16 +291,16 @@ def test_the_next_chunk_is_fetched_while_the_model_works(desk: Desk) -> None:
         if frame in {0, 4}:
             seen.append(asked[frame // 4 + 1].wait(60))
 
-    desk.server.before = note
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
-    desk.track(client=MovingTrackingClient(on_frame=wait))
+    harness.server.before = note
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
+    harness.track(client=MovingTrackingClient(on_frame=wait))
 
     assert seen == [True, True]
 
 
 @pytest.mark.parametrize("video", [True, False])
 def test_a_ground_truth_job_gives_only_its_own_frames(
-    desk_with: Callable[[Task], Desk], *, video: bool
+    harness_for: Callable[[Task], TaskHarness], *, video: bool
 ) -> None:
     """Its chunks hold no others; a frame between them may have another size."""
     frames = frames_of(12)
@@ -306,26 +308,26 @@ def test_a_ground_truth_job_gives_only_its_own_frames(
         frames[0] = frames[5] = np.zeros((30, 30, 3), np.uint8)
     included = [3, 4, 7, 9, 11]
     task = Task(frames, video=video, start=7, step=3, included=included, chunk_size=2)
-    desk = desk_with(task)
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON, frame=3))
+    harness = harness_for(task)
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON, frame=3))
     client = MovingTrackingClient()
 
-    assert desk.track(client=client) == 0
+    assert harness.track(client=client) == 0
     assert client.seen == included
-    assert [key["frame"] for key in desk.server.tracks(6)[0]["shapes"]] == included
+    assert [key["frame"] for key in harness.server.tracks(6)[0]["shapes"]] == included
 
 
 def test_images_of_another_size_are_refused_before_anything_is_written(
-    desk_with: Callable[[Task], Desk], capsys: pytest.CaptureFixture[str]
+    harness_for: Callable[[Task], TaskHarness], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An object cannot be followed through them."""
     frames = [*frames_of(5), np.zeros((30, 30, 3), np.uint8)]
-    desk = desk_with(Task(frames, video=False))
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    harness = harness_for(Task(frames, video=False))
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
 
-    assert desk.track() == 1
+    assert harness.track() == 1
     assert "frame 5 has another size than frame 0" in capsys.readouterr().err
-    assert desk.track("--to-frame", "4") == 0
+    assert harness.track("--to-frame", "4") == 0
 
 
 # ---------------------------------------------------------------------- jobs of a task
@@ -339,26 +341,26 @@ def overlapping(overlap: int = 3) -> Task:
 @pytest.mark.parametrize("overlap", [0, 1, 3])
 @pytest.mark.parametrize("backwards", [False, True])
 def test_a_task_goes_job_by_job(
-    desk_with: Callable[[Task], Desk], *, overlap: int, backwards: bool
+    harness_for: Callable[[Task], TaskHarness], *, overlap: int, backwards: bool
 ) -> None:
     """Every job has all of its frames, and shared frames are the same in both."""
     task = overlapping(overlap)
-    desk = desk_with(task)
+    harness = harness_for(task)
     ranges = task.ranges()
     job = list(ranges)[-1 if backwards else 0]
     begin = 23 if backwards else 0
     fields = {"frame": begin, "label_id": 6}
-    desk.server.add(job, "shapes", **shape("polygon", POLYGON, **fields))
-    desk.server.add(job, "shapes", **shape("mask", MASK, **fields))
+    harness.server.add(job, "shapes", **shape("polygon", POLYGON, **fields))
+    harness.server.add(job, "shapes", **shape("mask", MASK, **fields))
     client = MovingTrackingClient()
-    code = desk.track("--task", "6", "--batch", "4", *["--backwards"] * backwards, client=client)
+    code = harness.track("--task", "6", "--batch", "4", *["--backwards"] * backwards, client=client)
 
     assert code == 0
     assert sorted(client.seen) == list(range(24))
     groups = set()
     for number, frames in ranges.items():
-        (track,) = desk.server.tracks(number)
-        masks = desk.server.shapes(number)
+        (track,) = harness.server.tracks(number)
+        masks = harness.server.shapes(number)
         assert visible(track) == dict.fromkeys(frames, True)
         assert [one["frame"] for one in masks] == list(frames)
         for key in track["shapes"]:
@@ -370,15 +372,17 @@ def test_a_task_goes_job_by_job(
     assert groups == {1}
 
 
-def test_a_task_run_again_replaces_its_own_results(desk_with: Callable[[Task], Desk]) -> None:
+def test_a_task_run_again_replaces_its_own_results(
+    harness_for: Callable[[Task], TaskHarness],
+) -> None:
     """No job gets a second track of an object it has."""
-    desk = desk_with(overlapping())
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
-    desk.server.add(6, "shapes", **shape("mask", MASK))
-    desk.track("--task", "6")
-    before = [desk.server.annotations(job) for job in desk.server.data]
-    desk.track("--task", "6")
-    after = [desk.server.annotations(job) for job in desk.server.data]
+    harness = harness_for(overlapping())
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
+    harness.server.add(6, "shapes", **shape("mask", MASK))
+    harness.track("--task", "6")
+    before = [harness.server.annotations(job) for job in harness.server.data]
+    harness.track("--task", "6")
+    after = [harness.server.annotations(job) for job in harness.server.data]
 
     for one, other in zip(before, after, strict=True):
         for kind in ("shapes", "tracks"):
@@ -386,43 +390,57 @@ def test_a_task_run_again_replaces_its_own_results(desk_with: Callable[[Task], D
 
 
 def test_what_somebody_drew_in_the_next_job_is_left_alone(
-    desk_with: Callable[[Task], Desk], capsys: pytest.CaptureFixture[str]
+    harness_for: Callable[[Task], TaskHarness], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An object that is there already is not doubled."""
-    desk = desk_with(overlapping())
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    harness = harness_for(overlapping())
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     theirs = moved_by("polygon", POLYGON, 7)
-    desk.server.add(
+    harness.server.add(
         7, "tracks", frame=7, label_id=6, shapes=[keyframe("polygon", 7, theirs)], attributes=[]
     )
-    before = desk.server.annotations(7)
-    desk.track("--task", "6")
+    before = harness.server.annotations(7)
+    harness.track("--task", "6")
 
-    assert desk.server.annotations(7) == before
-    assert len(desk.server.tracks(6)) == 1
+    assert harness.server.annotations(7) == before
+    assert len(harness.server.tracks(6)) == 1
     assert "somebody has drawn it in job 7: left alone" in capsys.readouterr().err
 
 
 def test_an_object_lost_at_the_overlap_is_handed_over_when_found(
-    desk_with: Callable[[Task], Desk],
+    harness_for: Callable[[Task], TaskHarness],
 ) -> None:
     """Its track in the next job begins where it is seen."""
-    desk = desk_with(overlapping())
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    harness = harness_for(overlapping())
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     client = MovingTrackingClient(lost=lambda _, frame: 6 <= frame <= 12)
-    desk.track("--task", "6", "--to-frame", "16", client=client)
-    (track,) = desk.server.tracks(7)
+    harness.track("--task", "6", "--to-frame", "16", client=client)
+    (track,) = harness.server.tracks(7)
 
     assert visible(track) == dict.fromkeys(range(13, 17), True)
-    assert visible(desk.server.tracks(6)[0])[9] is False
+    assert visible(harness.server.tracks(6)[0])[9] is False
 
 
-def test_a_job_without_objects_is_passed_over(desk_with: Callable[[Task], Desk]) -> None:
+def test_a_job_without_objects_is_passed_over(harness_for: Callable[[Task], TaskHarness]) -> None:
     """The run begins in the first job that has any."""
-    desk = desk_with(overlapping())
-    desk.server.add(7, "shapes", **shape("polygon", POLYGON, frame=12))
-    desk.track("--task", "6")
+    harness = harness_for(overlapping())
+    harness.server.add(7, "shapes", **shape("polygon", POLYGON, frame=12))
+    harness.track("--task", "6")
 
-    assert not desk.server.tracks(6)
-    assert visible(desk.server.tracks(7)[0]) == dict.fromkeys(range(12, 17), True)
-    assert visible(desk.server.tracks(8)[0]) == dict.fromkeys(range(14, 24), True)
+    assert not harness.server.tracks(6)
+    assert visible(harness.server.tracks(7)[0]) == dict.fromkeys(range(12, 17), True)
+    assert visible(harness.server.tracks(8)[0]) == dict.fromkeys(range(14, 24), True)
+
+
+def test_a_job_whose_frames_are_all_deleted_is_passed_over(
+    harness_for: Callable[[Task], TaskHarness],
+) -> None:
+    """The objects go on in the job behind it."""
+    task = Task(frames_of(12), segment_size=4, overlap=0, deleted=range(4, 8))
+    harness = harness_for(task)
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
+    code = harness.track("--task", "6")
+
+    assert code == 0
+    assert not harness.server.tracks(7)
+    assert visible(harness.server.tracks(8)[0]) == dict.fromkeys(range(8, 12), True)

@@ -25,9 +25,9 @@ from testbed.cvat_server import PASSWORD, USER, Call, CvatServer, Picture, Refus
 from testbed.drawn_frames import blob_mask, jpeg_frames
 from testbed.forked_replica import ForkedReplica
 from testbed.functions import micro_environment
-from tests.task_desk import Desk, desk_with, shape, without_ids
+from tests.task_harness import TaskHarness, harness_for, shape, without_ids
 
-__all__ = ["desk_with"]  # a fixture
+__all__ = ["harness_for"]  # a fixture
 
 FRAMES = 10
 PROMPTS: list[dict[str, Any]] = [
@@ -102,7 +102,7 @@ def places_in(path: Path) -> Places:
 @pytest.mark.parametrize(("video", "overlap"), [(True, 3), (False, 3), (True, 0)])
 def test_masks_are_those_of_a_video_file(
     pictures: list[Picture],
-    desk_with: Callable[[Task], Desk],
+    harness_for: Callable[[Task], TaskHarness],
     tmp_path: Path,
     *,
     video: bool,
@@ -110,7 +110,7 @@ def test_masks_are_those_of_a_video_file(
 ) -> None:
     """For every type of shape, through two jobs and several chunks: one client, two doors."""
     task = Task(pictures, video=video, segment_size=6, overlap=overlap)
-    server = desk_with(task).server
+    server = harness_for(task).server
     draw(server)
     code = track_task.main(command(server, "--task", "6", "--batch", "3"))
 
@@ -140,7 +140,7 @@ def test_masks_are_those_of_a_video_file(
 
 
 def test_a_running_function_gives_the_same(
-    pictures: list[Picture], desk_with: Callable[[Task], Desk]
+    pictures: list[Picture], harness_for: Callable[[Task], TaskHarness]
 ) -> None:
     """`--url` and this process write the same annotations."""
     replica = ForkedReplica(dict(os.environ))
@@ -148,7 +148,7 @@ def test_a_running_function_gives_the_same(
         replica.wait()
         written = []
         for options in ([], ["--url", str(replica.client.base_url)]):
-            server = desk_with(Task(pictures)).server
+            server = harness_for(Task(pictures)).server
             draw(server)
             assert track_task.main(command(server, "--job", "6", *options)) == 0
             written.append(without_ids(server.annotations(6)))
@@ -164,13 +164,13 @@ def test_a_running_function_gives_the_same(
 )
 def test_a_killed_process_loses_one_batch_at_most(
     pictures: list[Picture],
-    desk_with: Callable[[Task], Desk],
+    harness_for: Callable[[Task], TaskHarness],
     moment: str,
     action: str,
     begin: int,
 ) -> None:
     """Killed before its second batch arrives, or before it knows it did: no hole, no double."""
-    server = desk_with(Task(pictures)).server
+    server = harness_for(Task(pictures)).server
     draw(server)
     root = Path(track_task.__file__).parent
     start = [sys.executable, "track_task.py", *command(server, "--job", "6", "--batch", "3")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -14,17 +15,19 @@ import numpy as np
 import pytest
 
 import track_task
+from cvat_task import connection
 from errors import TrackerError
 from testbed.cvat_server import LABELS, PASSWORD, TOKEN, USER, Call, CvatServer, Refusal, Task
 from testbed.redis_server import free_port
-from tests.task_desk import (
+from tests.stalls import unanswered_url
+from tests.task_harness import (
     MASK,
     POLYGON,
-    Desk,
     MovingTrackingClient,
-    desk,
-    desk_with,
+    TaskHarness,
     frames_of,
+    harness,
+    harness_for,
     keyframe,
     moved_by,
     shape,
@@ -32,7 +35,7 @@ from tests.task_desk import (
     without_ids,
 )
 
-__all__ = ["desk", "desk_with"]  # fixtures
+__all__ = ["harness", "harness_for"]  # fixtures
 
 Json = dict[str, Any]
 
@@ -55,12 +58,12 @@ def everything(server: CvatServer) -> list[Any]:
 
 
 @pytest.fixture
-def undisturbed(desk_with: Callable[[Task], Desk]) -> list[Any]:
+def undisturbed(harness_for: Callable[[Task], TaskHarness]) -> list[Any]:
     """What a run leaves that nobody disturbs."""
-    desk = desk_with(two_jobs())
-    draw(desk.server)
-    assert desk.track("--task", "6", "--batch", "4") == 0
-    return everything(desk.server)
+    harness = harness_for(two_jobs())
+    draw(harness.server)
+    assert harness.track("--task", "6", "--batch", "4") == 0
+    return everything(harness.server)
 
 
 # ---------------------------------------------------------------------- interrupted and repeated
@@ -69,11 +72,11 @@ def undisturbed(desk_with: Callable[[Task], Desk]) -> list[Any]:
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("nth", range(9))
 def test_a_repeat_ends_as_if_nothing_had_happened(
-    desk_with: Callable[[Task], Desk], undisturbed: list[Any], nth: int, moment: str
+    harness_for: Callable[[Task], TaskHarness], undisturbed: list[Any], nth: int, moment: str
 ) -> None:
     """Wherever the server is lost: before it writes, or when it has written and cannot say so."""
-    desk = desk_with(two_jobs())
-    draw(desk.server)
+    harness = harness_for(two_jobs())
+    draw(harness.server)
     writes = 0
 
     def count(call: Call) -> None:
@@ -82,15 +85,15 @@ def test_a_repeat_ends_as_if_nothing_had_happened(
         if writes > nth:
             raise Refusal(500, "lost")
 
-    setattr(desk.server, moment, count)
-    first = desk.track("--task", "6", "--batch", "4")
-    desk.server.before = desk.server.after = lambda _: None
+    setattr(harness.server, moment, count)
+    first = harness.track("--task", "6", "--batch", "4")
+    harness.server.before = harness.server.after = lambda _: None
     client = MovingTrackingClient()
-    code = desk.track("--task", "6", "--batch", "4", client=client)
+    code = harness.track("--task", "6", "--batch", "4", client=client)
 
     assert first == 6
     assert code == 0
-    assert everything(desk.server) == undisturbed
+    assert everything(harness.server) == undisturbed
     assert client.seen == sorted(set(client.seen))
     assert client.seen[-1] == 16
     # What stands is not tracked again: four frames in each two writes of a job.
@@ -98,11 +101,11 @@ def test_a_repeat_ends_as_if_nothing_had_happened(
 
 
 def test_a_repeat_may_write_more_or_less_often(
-    desk_with: Callable[[Task], Desk], undisturbed: list[Any]
+    harness_for: Callable[[Task], TaskHarness], undisturbed: list[Any]
 ) -> None:
     """Another `--batch` is no other run: what was half written is brought to its end."""
-    desk = desk_with(two_jobs())
-    draw(desk.server)
+    harness = harness_for(two_jobs())
+    draw(harness.server)
     lost: list[Call] = []
 
     def lose(call: Call) -> None:
@@ -110,68 +113,70 @@ def test_a_repeat_may_write_more_or_less_often(
             lost.append(call)
             raise Refusal(500, "lost")
 
-    desk.server.before = lose
-    first = desk.track("--task", "6", "--batch", "4")
-    desk.server.before = lambda _: None
-    again = desk.track("--task", "6", "--batch", "2")
+    harness.server.before = lose
+    first = harness.track("--task", "6", "--batch", "4")
+    harness.server.before = lambda _: None
+    again = harness.track("--task", "6", "--batch", "2")
 
     assert (first, again) == (6, 0)
-    assert everything(desk.server) == undisturbed
+    assert everything(harness.server) == undisturbed
 
 
 def test_ctrl_c_writes_what_is_found_and_a_repeat_goes_on(
-    desk_with: Callable[[Task], Desk],
+    harness_for: Callable[[Task], TaskHarness],
     undisturbed: list[Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The frame in flight is the last one."""
-    desk = desk_with(two_jobs())
-    draw(desk.server)
+    harness = harness_for(two_jobs())
+    draw(harness.server)
 
     def interrupt(frame: int) -> None:
         if frame == 6:
             os.kill(os.getpid(), signal.SIGINT)
 
-    code = desk.track(
+    code = harness.track(
         "--task", "6", "--batch", "4", client=MovingTrackingClient(on_frame=interrupt)
     )
-    (track,) = desk.server.tracks(6)
+    (track,) = harness.server.tracks(6)
     client = MovingTrackingClient()
-    again = desk.track("--task", "6", "--batch", "4", client=client)
+    again = harness.track("--task", "6", "--batch", "4", client=client)
 
     assert code == 130
     assert visible(track) == dict.fromkeys(range(7), True) | {7: False}
     assert "interrupted" in capsys.readouterr().out
     assert again == 0
     assert client.seen == list(range(6, 17))
-    assert everything(desk.server) == undisturbed
+    assert everything(harness.server) == undisturbed
 
 
 def test_a_second_ctrl_c_ends_at_once_and_loses_one_batch(
-    desk: Desk, capsys: pytest.CaptureFixture[str]
+    harness: TaskHarness, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A repeat goes on after the batch before."""
-    draw(desk.server)
+    draw(harness.server)
 
     def interrupt(frame: int) -> None:
         if frame == 6:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-    code = desk.track("--batch", "4", client=MovingTrackingClient(on_frame=interrupt))
+    code = harness.track("--batch", "4", client=MovingTrackingClient(on_frame=interrupt))
     client = MovingTrackingClient()
-    desk.track("--batch", "4", client=client)
+    harness.track("--batch", "4", client=client)
 
     assert code == 130
     assert "goes on after the last batch" in capsys.readouterr().err
     assert client.seen == list(range(4, 12))
-    assert visible(desk.server.tracks(6)[0]) == dict.fromkeys(range(12), True)
-    assert [one["frame"] for one in desk.server.shapes(6, type="mask")] == list(range(12))
+    assert visible(harness.server.tracks(6)[0]) == dict.fromkeys(range(12), True)
+    assert [one["frame"] for one in harness.server.shapes(6, type="mask")] == list(range(12))
 
 
-def test_an_object_lost_when_interrupted_is_taken_up_where_it_was_seen(desk: Desk) -> None:
+def test_an_object_lost_when_interrupted_is_taken_up_where_it_was_seen(
+    harness: TaskHarness,
+) -> None:
     """The frames since then are looked at again, and nothing is written to them twice."""
-    draw(desk.server)
+    draw(harness.server)
 
     def interrupt(frame: int) -> None:
         if frame == 7:
@@ -180,72 +185,74 @@ def test_an_object_lost_when_interrupted_is_taken_up_where_it_was_seen(desk: Des
     def lost(shape_type: str, frame: int) -> bool:
         return shape_type == "mask" and 4 <= frame <= 8
 
-    desk.track("--batch", "4", client=MovingTrackingClient(lost, interrupt))
+    harness.track("--batch", "4", client=MovingTrackingClient(lost, interrupt))
     client = MovingTrackingClient(lost)
-    desk.track("--batch", "4", client=client)
+    harness.track("--batch", "4", client=client)
 
     assert client.seen == list(range(3, 12))
     assert [start[0] for start in client.starts] == [3, 7]
-    masks = [one["frame"] for one in desk.server.shapes(6, type="mask")]
+    masks = [one["frame"] for one in harness.server.shapes(6, type="mask")]
     assert masks == [0, 1, 2, 3, 9, 10, 11]
 
 
-def test_a_correction_before_the_repeat_counts(desk: Desk) -> None:
+def test_a_correction_before_the_repeat_counts(harness: TaskHarness) -> None:
     """It goes on from where the annotator has put the object."""
-    draw(desk.server)
+    draw(harness.server)
 
     def interrupt(frame: int) -> None:
         if frame == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    desk.track(client=MovingTrackingClient(on_frame=interrupt))
+    harness.track(client=MovingTrackingClient(on_frame=interrupt))
     moved = moved_by("polygon", POLYGON, 30)
-    desk.server.data[6]["tracks"][0]["shapes"][5]["points"] = moved
+    harness.server.data[6]["tracks"][0]["shapes"][5]["points"] = moved
     client = MovingTrackingClient()
-    desk.track(client=client)
+    harness.track(client=client)
 
     assert (5, moved) in client.starts
-    keyframes = desk.server.tracks(6)[0]["shapes"]
+    keyframes = harness.server.tracks(6)[0]["shapes"]
     assert keyframes[5]["points"] == moved
     assert keyframes[6]["points"] == moved_by("polygon", moved, 1)
 
 
-def test_a_repeat_says_what_is_gone(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_repeat_says_what_is_gone(
+    harness: TaskHarness, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A track that somebody has deleted since is not made again."""
-    draw(desk.server)
+    draw(harness.server)
 
     def interrupt(frame: int) -> None:
         if frame == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    desk.track(client=MovingTrackingClient(on_frame=interrupt))
-    desk.server.remove(6, "tracks", desk.server.tracks(6)[0]["id"])
-    code = desk.track()
+    harness.track(client=MovingTrackingClient(on_frame=interrupt))
+    harness.server.remove(6, "tracks", harness.server.tracks(6)[0]["id"])
+    code = harness.track()
 
     assert code == 0
     assert "child: changed or deleted by somebody since: left alone" in capsys.readouterr().out
-    assert not desk.server.tracks(6)
+    assert not harness.server.tracks(6)
 
 
 def test_a_repeat_in_the_next_job_knows_the_size_of_the_frame_before(
-    desk_with: Callable[[Task], Desk],
+    harness_for: Callable[[Task], TaskHarness],
 ) -> None:
     """The journal stands on the last frame of a job that shares none with the next."""
     frames = [*frames_of(11), np.zeros((30, 30, 3), np.uint8)]
-    desk = desk_with(Task(frames, video=False, segment_size=6))
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
-    desk.server.refuse["/api/jobs/7/data"] = 500, "no chunk"
-    first = desk.track("--task", "6", "--to-frame", "10")
-    desk.server.refuse.clear()
-    again = desk.track("--task", "6", "--to-frame", "10")
+    harness = harness_for(Task(frames, video=False, segment_size=6))
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
+    harness.server.refuse["/api/jobs/7/data"] = 500, "no chunk"
+    first = harness.track("--task", "6", "--to-frame", "10")
+    harness.server.refuse.clear()
+    again = harness.track("--task", "6", "--to-frame", "10")
 
     assert (first, again) == (6, 0)
-    assert visible(desk.server.tracks(7)[0]) == dict.fromkeys(range(6, 11), True) | {11: False}
+    assert visible(harness.server.tracks(7)[0]) == dict.fromkeys(range(6, 11), True) | {11: False}
 
 
-def test_restart_begins_anew(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_restart_begins_anew(harness: TaskHarness, capsys: pytest.CaptureFixture[str]) -> None:
     """A batch that was half written is brought to its end, and then all is replaced."""
-    draw(desk.server)
+    draw(harness.server)
     lost: list[Call] = []
 
     def lose(call: Call) -> None:
@@ -253,60 +260,79 @@ def test_restart_begins_anew(desk: Desk, capsys: pytest.CaptureFixture[str]) -> 
             lost.append(call)
             raise Refusal(500, "lost")
 
-    desk.server.before = lose
-    desk.track("--batch", "4")
-    desk.server.before = lambda _: None
-    half_written = desk.server.annotations(6)
-    dry = desk.track("--batch", "4", "--dry-run")
-    unchanged = desk.server.annotations(6)
+    harness.server.before = lose
+    harness.track("--batch", "4")
+    harness.server.before = lambda _: None
+    half_written = harness.server.annotations(6)
+    dry = harness.track("--batch", "4", "--dry-run")
+    unchanged = harness.server.annotations(6)
     said = capsys.readouterr().out
     client = MovingTrackingClient()
-    desk.track("--batch", "4", "--restart", client=client)
+    harness.track("--batch", "4", "--restart", client=client)
 
     assert len(half_written["shapes"]) > 5
     assert dry == 0
     assert "going on after frame 4" in said
     assert unchanged == half_written
     assert client.seen == list(range(12))
-    assert len(desk.server.tracks(6)) == 1
-    assert [one["frame"] for one in desk.server.shapes(6, type="mask")] == list(range(12))
-    assert not desk.server.shapes(6, type="polygon")
+    assert len(harness.server.tracks(6)) == 1
+    assert [one["frame"] for one in harness.server.shapes(6, type="mask")] == list(range(12))
+    assert not harness.server.shapes(6, type="polygon")
+
+
+def test_a_journal_of_another_version_is_ignored(harness: TaskHarness, tmp_path: Path) -> None:
+    """The run begins anew."""
+    draw(harness.server)
+
+    def interrupt(frame: int) -> None:
+        if frame == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    harness.track(client=MovingTrackingClient(on_frame=interrupt))
+    (journal,) = (tmp_path / "state").rglob("*.json")
+    saved = json.loads(journal.read_text())
+    journal.write_text(json.dumps(saved | {"version": saved["version"] - 1}))
+    client = MovingTrackingClient()
+    code = harness.track(client=client)
+
+    assert code == 0
+    assert client.seen == list(range(12))
 
 
 def test_a_failing_engine_keeps_what_was_found(
-    desk: Desk, capsys: pytest.CaptureFixture[str]
+    harness: TaskHarness, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its reason is the line that is printed."""
-    draw(desk.server)
+    draw(harness.server)
 
     def fail(frame: int) -> None:
         if frame == 6:
             raise TrackerError("the function has gone")
 
-    code = desk.track(client=MovingTrackingClient(on_frame=fail))
+    code = harness.track(client=MovingTrackingClient(on_frame=fail))
 
     assert code == 1
     assert "the function has gone" in capsys.readouterr().err
-    assert visible(desk.server.tracks(6)[0]) == dict.fromkeys(range(6), True) | {6: False}
+    assert visible(harness.server.tracks(6)[0]) == dict.fromkeys(range(6), True) | {6: False}
 
 
 # ---------------------------------------------------------------------- the server and others
 
 
-def test_nothing_is_deleted_before_its_replacement_stands(desk: Desk) -> None:
+def test_nothing_is_deleted_before_its_replacement_stands(harness: TaskHarness) -> None:
     """At no moment is a frame without an object that it had."""
-    draw(desk.server)
+    draw(harness.server)
     covered: list[set[int]] = []
 
     def look(_: Call) -> None:
-        frames = {key["frame"] for track in desk.server.tracks(6) for key in track["shapes"]}
-        frames |= {one["frame"] for one in desk.server.shapes(6, type="polygon")}
-        masks = {one["frame"] for one in desk.server.shapes(6, type="mask")}
+        frames = {key["frame"] for track in harness.server.tracks(6) for key in track["shapes"]}
+        frames |= {one["frame"] for one in harness.server.shapes(6, type="polygon")}
+        masks = {one["frame"] for one in harness.server.shapes(6, type="mask")}
         covered.extend([frames, masks])
 
-    desk.server.before = desk.server.after = look
-    desk.track("--batch", "3")
-    desk.track("--batch", "3", "--from-frame", "2")
+    harness.server.before = harness.server.after = look
+    harness.track("--batch", "3")
+    harness.track("--batch", "3", "--from-frame", "2")
 
     # The marker behind a track's end moves on with it, and one frame may be left out for it.
     for kind in (covered[0::2], covered[1::2]):
@@ -317,11 +343,11 @@ def test_nothing_is_deleted_before_its_replacement_stands(desk: Desk) -> None:
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_server_that_fails_once_is_asked_again_and_nothing_is_doubled(
-    desk_with: Callable[[Task], Desk], undisturbed: list[Any], moment: str
+    harness_for: Callable[[Task], TaskHarness], undisturbed: list[Any], moment: str
 ) -> None:
     """Also when it had done what it could not confirm."""
-    desk = desk_with(two_jobs())
-    draw(desk.server)
+    harness = harness_for(two_jobs())
+    draw(harness.server)
     failed: set[tuple[str, str, str]] = set()
 
     def fail_once(call: Call) -> None:
@@ -330,86 +356,88 @@ def test_a_server_that_fails_once_is_asked_again_and_nothing_is_doubled(
             failed.add(key)
             raise Refusal(502, "<html>Bad Gateway</html>")
 
-    setattr(desk.server, moment, fail_once)
+    setattr(harness.server, moment, fail_once)
 
-    assert desk.track("--task", "6", "--batch", "4") == 0
-    assert everything(desk.server) == undisturbed
+    assert harness.track("--task", "6", "--batch", "4") == 0
+    assert everything(harness.server) == undisturbed
     assert len(failed) > 10
 
 
 def test_what_somebody_changes_meanwhile_is_theirs(
-    desk: Desk, capsys: pytest.CaptureFixture[str]
+    harness: TaskHarness, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The changed object is left alone, the others go on; what is new stays."""
-    draw(desk.server)
-    desk.server.add(6, "shapes", **shape("ellipse", [40, 40, 50, 30]))
+    draw(harness.server)
+    harness.server.add(6, "shapes", **shape("ellipse", [40, 40, 50, 30]))
     theirs: list[Json] = []
 
     def annotate(frame: int) -> None:
         if frame == 6:
             track = next(
                 one
-                for one in desk.server.data[6]["tracks"]
+                for one in harness.server.data[6]["tracks"]
                 if one["shapes"][0]["type"] == "polygon"
             )
             track["shapes"][2]["points"] = moved_by("polygon", POLYGON, 40)
             theirs.append(without_ids(track))
-            desk.server.add(6, "shapes", **shape("polygon", POLYGON, frame=8))
+            harness.server.add(6, "shapes", **shape("polygon", POLYGON, frame=8))
 
-    code = desk.track("--batch", "4", client=MovingTrackingClient(on_frame=annotate))
-    tracks = desk.server.tracks(6)
+    code = harness.track("--batch", "4", client=MovingTrackingClient(on_frame=annotate))
+    tracks = harness.server.tracks(6)
     polygon, ellipse = sorted(tracks, key=lambda one: one["shapes"][0]["type"], reverse=True)
 
     assert code == 0
     assert polygon["shapes"][2]["points"] == moved_by("polygon", POLYGON, 40)
     assert visible(polygon) == dict.fromkeys(range(5), True) | {5: False}
     assert visible(ellipse) == dict.fromkeys(range(12), True)
-    assert [one["frame"] for one in desk.server.shapes(6, type="mask")] == list(range(12))
-    assert len(desk.server.shapes(6, type="polygon", frame=8)) == 1
+    assert [one["frame"] for one in harness.server.shapes(6, type="mask")] == list(range(12))
+    assert len(harness.server.shapes(6, type="polygon", frame=8)) == 1
     assert "child was changed by somebody after frame 4: left alone" in capsys.readouterr().err
 
 
-def test_what_somebody_deletes_meanwhile_stays_deleted(desk: Desk) -> None:
+def test_what_somebody_deletes_meanwhile_stays_deleted(harness: TaskHarness) -> None:
     """An object that is not wanted any more does not come back."""
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     client = MovingTrackingClient(
         on_frame=lambda frame: (
-            desk.server.remove(6, "tracks", desk.server.tracks(6)[0]["id"]) if frame == 6 else None
+            harness.server.remove(6, "tracks", harness.server.tracks(6)[0]["id"])
+            if frame == 6
+            else None
         )
     )
-    code = desk.track("--batch", "4", client=client)
+    code = harness.track("--batch", "4", client=client)
 
     assert code == 0
-    assert not desk.server.tracks(6)
+    assert not harness.server.tracks(6)
     assert client.seen == list(range(9))  # nothing is left to track
 
 
 def test_what_somebody_changes_while_it_is_written_stays(
-    desk: Desk, capsys: pytest.CaptureFixture[str]
+    harness: TaskHarness, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Between the creating of its replacement and the deleting; a line says so."""
-    number = desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    number = harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     corrected = moved_by("polygon", POLYGON, 3)
 
     def correct(call: Call) -> None:
-        if call.is_("create") and desk.server.data[6]["shapes"]:
-            desk.server.data[6]["shapes"][0]["points"] = corrected
+        if call.is_("create") and harness.server.data[6]["shapes"]:
+            harness.server.data[6]["shapes"][0]["points"] = corrected
 
-    desk.server.after = correct
-    code = desk.track("--batch", "4")
+    harness.server.after = correct
+    code = harness.track("--batch", "4")
 
     assert code == 0
-    assert [one["points"] for one in desk.server.shapes(6, id=number)] == [corrected]
-    assert len(desk.server.tracks(6)) == 1
+    assert [one["points"] for one in harness.server.shapes(6, id=number)] == [corrected]
+    assert len(harness.server.tracks(6)) == 1
     assert "1 annotations were changed by somebody while" in capsys.readouterr().err
 
 
 def test_a_server_that_finishes_what_a_proxy_gave_up_doubles_nothing(
-    desk_with: Callable[[Task], Desk], undisturbed: list[Any]
+    harness_for: Callable[[Task], TaskHarness], undisturbed: list[Any]
 ) -> None:
     """The first attempt is done only while the second one is."""
-    desk = desk_with(two_jobs())
-    draw(desk.server)
+    harness = harness_for(two_jobs())
+    draw(harness.server)
     late: list[Call] = []
 
     def give_up(call: Call) -> None:
@@ -418,53 +446,53 @@ def test_a_server_that_finishes_what_a_proxy_gave_up_doubles_nothing(
             if len(late) % 2:
                 raise Refusal(504, "Gateway Timeout")
             job = int(call.path.split("/")[3])
-            desk.server.create(job, late[-2].body)
+            harness.server.create(job, late[-2].body)
 
-    desk.server.before = give_up
-    code = desk.track("--task", "6", "--batch", "4")
+    harness.server.before = give_up
+    code = harness.track("--task", "6", "--batch", "4")
 
     assert code == 0
-    assert everything(desk.server) == undisturbed
+    assert everything(harness.server) == undisturbed
 
 
-def test_an_earlier_shape_that_somebody_corrects_meanwhile_stays(desk: Desk) -> None:
+def test_an_earlier_shape_that_somebody_corrects_meanwhile_stays(harness: TaskHarness) -> None:
     """Its frame is left to it."""
-    desk.server.add(6, "shapes", **shape("mask", MASK))
-    desk.track()
+    harness.server.add(6, "shapes", **shape("mask", MASK))
+    harness.track()
     corrected = moved_by("mask", MASK, 2)
 
     def correct(frame: int) -> None:
         if frame == 5:
-            (there,) = (one for one in desk.server.data[6]["shapes"] if one["frame"] == 9)
+            (there,) = (one for one in harness.server.data[6]["shapes"] if one["frame"] == 9)
             there["points"] = corrected
 
-    desk.track("--batch", "4", client=MovingTrackingClient(on_frame=correct))
-    masks = desk.server.shapes(6)
+    harness.track("--batch", "4", client=MovingTrackingClient(on_frame=correct))
+    masks = harness.server.shapes(6)
 
     assert [one["frame"] for one in masks] == list(range(12))
     assert [one["frame"] for one in masks if one["points"] == corrected] == [2, 9]
 
 
-def test_a_chunk_that_does_not_come_keeps_what_was_found(desk: Desk) -> None:
+def test_a_chunk_that_does_not_come_keeps_what_was_found(harness: TaskHarness) -> None:
     """The frames before it are written, and a repeat begins behind them."""
-    draw(desk.server)
+    draw(harness.server)
 
     def refuse(call: Call) -> None:
         if call.query.get("index") == "2":
             raise Refusal(500, "no chunk")
 
-    desk.server.before = refuse
-    code = desk.track()
-    frames = visible(desk.server.tracks(6)[0])
-    desk.server.before = lambda _: None
+    harness.server.before = refuse
+    code = harness.track()
+    frames = visible(harness.server.tracks(6)[0])
+    harness.server.before = lambda _: None
     client = MovingTrackingClient()
-    again = desk.track(client=client)
+    again = harness.track(client=client)
 
     assert code == 6
     assert frames == dict.fromkeys(range(8), True) | {8: False}
     assert again == 0
     assert client.seen == list(range(7, 12))
-    assert visible(desk.server.tracks(6)[0]) == dict.fromkeys(range(12), True)
+    assert visible(harness.server.tracks(6)[0]) == dict.fromkeys(range(12), True)
 
 
 # ---------------------------------------------------------------------- in one line
@@ -483,7 +511,7 @@ def test_a_chunk_that_does_not_come_keeps_what_was_found(desk: Desk) -> None:
     ],
 )
 def test_errors_of_the_server(
-    desk: Desk,
+    harness: TaskHarness,
     capsys: pytest.CaptureFixture[str],
     path: str,
     answer: tuple[int, object],
@@ -491,13 +519,13 @@ def test_errors_of_the_server(
     words: str,
 ) -> None:
     """Each is one line that says what to do, with an exit code of its own."""
-    draw(desk.server)
+    draw(harness.server)
     if answer[0] == 200:
-        desk.server.raw[path] = b"<html>"
+        harness.server.raw[path] = b"<html>"
     else:
-        desk.server.refuse[path] = answer
+        harness.server.refuse[path] = answer
 
-    assert desk.track() == code
+    assert harness.track() == code
     err = capsys.readouterr().err
     assert words in err
     lines = [line for line in err.splitlines() if "frame/s" not in line and line.strip()]
@@ -506,28 +534,30 @@ def test_errors_of_the_server(
 
 @pytest.mark.parametrize(("status", "code"), [(403, 5), (400, 8), (500, 6)])
 def test_errors_of_writing(
-    desk: Desk, capsys: pytest.CaptureFixture[str], status: int, code: int
+    harness: TaskHarness, capsys: pytest.CaptureFixture[str], status: int, code: int
 ) -> None:
     """Nothing is changed, and what was tracked is not tracked in silence to the end."""
-    draw(desk.server)
-    before = desk.server.annotations(6)
+    draw(harness.server)
+    before = harness.server.annotations(6)
 
     def refuse(call: Call) -> None:
         if call.method == "PATCH":
             raise Refusal(status, {"detail": "no"})
 
-    desk.server.before = refuse
+    harness.server.before = refuse
     client = MovingTrackingClient()
 
-    assert desk.track("--batch", "4", client=client) == code
-    assert desk.server.annotations(6) == before
+    assert harness.track("--batch", "4", client=client) == code
+    assert harness.server.annotations(6) == before
     assert max(client.seen) <= 4
     assert "track_task: " in capsys.readouterr().err
 
 
-def test_a_wrong_password(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_password(harness: TaskHarness, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 3; the password is not printed."""
-    code = track_task.main(["--server", desk.server.url, "--auth", f"{USER}:wr0ng", "--job", "6"])
+    code = track_task.main(
+        ["--server", harness.server.url, "--auth", f"{USER}:wr0ng", "--job", "6"]
+    )
     err = capsys.readouterr().err
 
     assert code == 3
@@ -536,9 +566,9 @@ def test_a_wrong_password(desk: Desk, capsys: pytest.CaptureFixture[str]) -> Non
     assert err.count("\n") == 1
 
 
-def test_no_server(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_server(harness: TaskHarness, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 6."""
-    del desk
+    del harness
     url = f"http://127.0.0.1:{free_port()}"
     code = track_task.main(["--server", url, "--auth", f"{USER}:{PASSWORD}", "--job", "6"])
     err = capsys.readouterr().err
@@ -548,14 +578,29 @@ def test_no_server(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     assert err.count("\n") == 1
 
 
+def test_a_server_that_takes_no_connection_is_given_up_soon(
+    harness: TaskHarness, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before logging in, for which CVAT's SDK has no time limit."""
+    del harness  # only its environment
+    monkeypatch.setattr(connection, "CONNECT_TIMEOUT_S", 0.05)
+    with unanswered_url() as url:
+        code = track_task.main(["--server", url, "--auth", f"{USER}:{PASSWORD}", "--job", "6"])
+    err = capsys.readouterr().err
+
+    assert code == 6
+    assert "does not answer (timed out)" in err
+    assert err.count("\n") == 1
+
+
 def test_a_certificate_of_its_own(
     monkeypatch: pytest.MonkeyPatch,
-    desk: Desk,
+    harness: TaskHarness,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Refused with 7, taken with --insecure or when it is named."""
-    del desk  # only its environment
+    del harness  # only its environment
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     both = tmp_path / "both.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
@@ -592,84 +637,91 @@ def test_a_certificate_of_its_own(
     ],
 )
 def test_what_cannot_be_done(
-    desk: Desk, capsys: pytest.CaptureFixture[str], options: list[str], words: str
+    harness: TaskHarness, capsys: pytest.CaptureFixture[str], options: list[str], words: str
 ) -> None:
     """Exit code 1, and the line says what there is."""
-    draw(desk.server)
+    draw(harness.server)
 
-    assert desk.track(*options) == 1
+    assert harness.track(*options) == 1
     err = capsys.readouterr().err
     assert words in err
     assert err.count("\n") == 1
 
 
 def test_an_id_of_two_objects_needs_their_kind(
-    desk: Desk, capsys: pytest.CaptureFixture[str]
+    harness: TaskHarness, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Shapes and tracks are numbered apart in CVAT."""
-    number = desk.server.add(6, "shapes", **shape("polygon", POLYGON))
+    number = harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     box = keyframe("rectangle", 0, [0, 0, 9, 9])
-    assert desk.server.add(6, "tracks", frame=0, label_id=6, shapes=[box]) == number
+    assert harness.server.add(6, "tracks", frame=0, label_id=6, shapes=[box]) == number
 
-    assert desk.track("--objects", str(number)) == 1
+    assert harness.track("--objects", str(number)) == 1
     assert f"write shape:{number} or track:{number}" in capsys.readouterr().err
-    assert desk.track("--objects", f"track:{number}") == 0
-    assert len(desk.server.shapes(6)) == 1
+    assert harness.track("--objects", f"track:{number}") == 0
+    assert len(harness.server.shapes(6)) == 1
 
 
 def test_a_folder_that_cannot_be_made_stops_the_run_before_it_writes(
-    desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    harness: TaskHarness, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In one line."""
-    draw(desk.server)
-    before = desk.server.annotations(6)
+    draw(harness.server)
+    before = harness.server.annotations(6)
     (tmp_path / "file").touch()
 
-    assert desk.track("--out", str(tmp_path / "file" / "out")) == 1
+    assert harness.track("--out", str(tmp_path / "file" / "out")) == 1
     assert "name another folder" in capsys.readouterr().err
-    assert desk.server.annotations(6) == before
+    assert harness.server.annotations(6) == before
 
 
 def test_a_journal_that_cannot_be_kept_stops_the_run_before_it_writes(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    harness: TaskHarness,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The line says how to name another folder."""
-    draw(desk.server)
-    before = desk.server.annotations(6)
+    draw(harness.server)
+    before = harness.server.annotations(6)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
 
-    assert desk.track() == 1
+    assert harness.track() == 1
     assert "XDG_STATE_HOME" in capsys.readouterr().err
-    assert desk.server.annotations(6) == before
+    assert harness.server.annotations(6) == before
 
 
 # ---------------------------------------------------------------------- logging in, pages
 
 
-def test_a_token_and_an_organisation(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_and_an_organisation(harness: TaskHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     """As cvat-cli takes them."""
-    draw(desk.server)
+    draw(harness.server)
     monkeypatch.setenv("CVAT_ACCESS_TOKEN", TOKEN)
-    code = track_task.main(["--server", desk.server.url, "--org", "us", "--job", "6", "--dry-run"])
+    code = track_task.main(
+        ["--server", harness.server.url, "--org", "us", "--job", "6", "--dry-run"]
+    )
 
     assert code == 0
-    assert {call.headers.get("x-organization") for call in desk.server.calls} == {"us"}
-    assert not [call for call in desk.server.calls if call.path == "/api/auth/login"]
+    assert {call.headers.get("x-organization") for call in harness.server.calls} == {"us"}
+    assert not [call for call in harness.server.calls if call.path == "/api/auth/login"]
 
 
-def test_a_password_from_the_environment(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_password_from_the_environment(
+    harness: TaskHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """PASS, so that it is in no list of processes."""
-    draw(desk.server)
+    draw(harness.server)
     monkeypatch.setenv("PASS", PASSWORD)
 
     assert (
-        track_task.main(["--server", desk.server.url, "--auth", USER, "--job", "6", "--dry-run"])
+        track_task.main(["--server", harness.server.url, "--auth", USER, "--job", "6", "--dry-run"])
         == 0
     )
 
 
-def test_lists_are_read_to_their_last_page(desk_with: Callable[[Task], Desk]) -> None:
+def test_lists_are_read_to_their_last_page(harness_for: Callable[[Task], TaskHarness]) -> None:
     """CVAT gives ten at a time: of labels, and of jobs."""
     labels = [
         {"id": 10 + i, "name": f"label {i}", "attributes": [], "type": "any"} for i in range(12)
@@ -677,9 +729,9 @@ def test_lists_are_read_to_their_last_page(desk_with: Callable[[Task], Desk]) ->
     task = Task(
         frames_of(24), segment_size=2, overlap=0, job_ids=range(6, 18), labels=LABELS + labels
     )
-    desk = desk_with(task)
-    desk.server.add(6, "shapes", **shape("polygon", POLYGON, label_id=21, attributes=[]))
-    code = desk.track("--task", "6", "--label", "label 11")
+    harness = harness_for(task)
+    harness.server.add(6, "shapes", **shape("polygon", POLYGON, label_id=21, attributes=[]))
+    code = harness.track("--task", "6", "--label", "label 11")
 
     assert code == 0
-    assert [len(desk.server.tracks(job)) for job in range(6, 18)] == [1] * 12
+    assert [len(harness.server.tracks(job)) for job in range(6, 18)] == [1] * 12

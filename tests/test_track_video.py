@@ -17,8 +17,11 @@ from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 
 import track_video
-from clips.cvat_xml import CvatXmlWriter, InitialShape, read_cvat_xml
+from clips.cvat_xml import CvatXmlWriter, read_cvat_xml
+from clips.initial_shape import InitialShape
 from clips.reader import open_clip
+from clips.shape_files import read_initial_shapes
+from clips.track_clip import track_clip
 from clips.tracking_client import RemoteTrackingClient
 from errors import BadRequestError
 from object_requests import Continue, Start
@@ -26,9 +29,10 @@ from shapes import Shape, ShapeType, encode_cvat_rle
 from state_token import StateToken, new_id
 from testbed.drawn_frames import blob_mask, jpeg_frames
 from testbed.functions import Replica
+from tests.function_stub import FunctionStub, Json, started_at
 from tests.reference import write_frames
+from tests.stalls import Hold
 from tests.test_replicas import start_replicas
-from track_video import read_prompts, track_clip
 from tracker import TrackedObject
 
 __all__ = ["start_replicas"]  # a fixture
@@ -193,6 +197,57 @@ def test_interrupting_keeps_what_is_done(tmp_path: Path) -> None:
     assert len(tracks_in(tmp_path / "annotations.xml")) == 1
 
 
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_interrupting_does_not_wait_for_a_running_function(
+    tmp_path: Path, *, is_busy: bool
+) -> None:
+    """Neither for its answer nor for the pause before a repeat; what is done is kept."""
+    hold = Hold()
+    function = FunctionStub()
+
+    def interrupt_at_third(body: Json) -> tuple[int, Any]:
+        if len(function.bodies) < 3:
+            return 200, started_at(body)
+        if not is_busy:
+            hold.interrupt_and_wait()
+        return 503, {"error": "busy"}
+
+    function.answer = interrupt_at_third
+    with (
+        function,
+        closing(
+            RemoteTrackingClient(function.url, pause=lambda _: hold.interrupt_and_wait())
+        ) as client,
+    ):
+        summary = track_clip(LongClip(20), [SQUARE], client, tmp_path)
+        was_held = hold.end()
+    found = json.loads((tmp_path / "tracks.json").read_text())["annotations"]
+
+    assert was_held
+    assert summary.interrupted
+    assert summary.frames == 2
+    assert [annotation["image_id"] for annotation in found] == [0]  # the stub loses it then
+
+
+def test_interrupting_before_the_first_frame_takes_one_line(
+    clip: Path,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Loading a model may take long enough for somebody to change their mind."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(track_video, "open_tracking_client", interrupt)
+    code = track_video.main([str(clip), "--shapes", str(shapes), "--out", str(tmp_path / "out")])
+
+    assert code == 130
+    assert capsys.readouterr().err == "track_video: interrupted\n"
+
+
 def test_memory_does_not_grow_with_the_clip(tmp_path: Path) -> None:
     """Ten times the frames need no more memory."""
 
@@ -265,7 +320,7 @@ def test_malformed_prompts_are_refused_with_their_place(
     path.write_text(text)
 
     with pytest.raises(BadRequestError, match=message):
-        read_prompts(path)
+        read_initial_shapes(path)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +333,7 @@ def test_malformed_xml_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
 
     with pytest.raises(BadRequestError, match=r"shapes\.xml"):
-        read_prompts(path)
+        read_initial_shapes(path)
 
 
 @pytest.mark.parametrize(
@@ -341,12 +396,3 @@ def test_images_are_turned_as_their_exif_says(tmp_path: Path) -> None:
     ((_, frame),) = open_clip(tmp_path).frames(0, 0)
 
     assert frame.size == (20, 40)
-
-
-def test_a_url_without_a_scheme_is_refused_without_repeating() -> None:
-    """It cannot become right by waiting."""
-    with (
-        closing(RemoteTrackingClient("127.0.0.1:8070")) as client,
-        pytest.raises(BadRequestError, match=r"127\.0\.0\.1:8070"),
-    ):
-        client.track(Image.new("RGB", (8, 8)), [Start(SQUARE.shape)])

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tenacity import wait_none
 
 import track_task
+from clips.tracking_client import TrackingClient
 from cvat_task import connection
 from object_requests import Continue, Start
 from shapes import Shape, ShapeType
@@ -83,14 +85,14 @@ def moved_by(shape_type: str, points: Sequence[float], distance: int) -> list[fl
     return points
 
 
-class Desk:
+class TaskHarness:
     """A server and the command on it, with an client in the place of the model."""
 
     def __init__(self, server: CvatServer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.server = server
         self._monkeypatch = monkeypatch
 
-    def track(self, *options: str, client: MovingTrackingClient | None = None, job: int = 6) -> int:
+    def track(self, *options: str, client: TrackingClient | None = None, job: int = 6) -> int:
         """Run the command and return its exit code."""
         self._monkeypatch.setattr(
             track_task,
@@ -103,19 +105,21 @@ class Desk:
 
 
 @pytest.fixture
-def desk_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[Task], Desk]]:
+def harness_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[[Task], TaskHarness]]:
     """Serve a task; journals lie in a folder of the test, and repeats do not wait."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.delenv("CVAT_ACCESS_TOKEN", raising=False)
-    monkeypatch.setattr(connection, "RETRY_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(connection, "RETRY_WAIT", wait_none())
     running = []
 
-    def serve(task: Task) -> Desk:
+    def serve(task: Task) -> TaskHarness:
         server = CvatServer(task)
         server.__enter__()
         running.append(server)
-        return Desk(server, monkeypatch)
+        return TaskHarness(server, monkeypatch)
 
     yield serve
     for server in running:
@@ -123,9 +127,9 @@ def desk_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calla
 
 
 @pytest.fixture
-def desk(desk_with: Callable[[Task], Desk]) -> Desk:
+def harness(harness_for: Callable[[Task], TaskHarness]) -> TaskHarness:
     """A task of one job of 12 frames in chunks of 4."""
-    return desk_with(Task(frames_of(12)))
+    return harness_for(Task(frames_of(12)))
 
 
 def shape(
