@@ -40,7 +40,10 @@ def check(index: str, requirements: Path) -> str:
             "PyTorch's wheels like https://download.pytorch.org/whl/cu126"
         ) from err
     if f"{wanted}-" not in page:
-        found = sorted(set(re.findall(r"torch-([\w.]+\+\w+)-", page)))
+        found = sorted(
+            set(re.findall(r"torch-([\w.]+\+\w+)-", page)),
+            key=lambda version: [int(number) for number in re.findall(r"\d+", version)],
+        )
         raise SystemExit(
             f"TORCH_INDEX={index} has no {wanted}; its newest wheels are of "
             f"{', '.join(found[-3:]) or 'no version'}"

@@ -102,6 +102,12 @@ parse_arguments() { # parse_arguments <CPU or GPU> <script folder> <arguments...
         fail "$EXIT_USAGE" "--port $port is not a port: expected a number from 1 to 65535"
     [[ -z $torch_index || $torch_index =~ ^https?://[A-Za-z0-9._:/@%+-]+$ ]] ||
         fail "$EXIT_USAGE" "--torch-index $torch_index is not a URL like https://download.pytorch.org/whl/cu130"
+    torch_index=${torch_index%/}
+    case $kind:${torch_index##*/} in
+        CPU:cpu | GPU:cu[0-9]* | *:) ;;
+        CPU:*) fail "$EXIT_USAGE" "--torch-index $torch_index is not for a CPU: expected a URL that ends in /cpu" ;;
+        GPU:*) fail "$EXIT_USAGE" "--torch-index $torch_index is not for CUDA: expected a URL that ends in /cu126 or another version" ;;
+    esac
     [[ -z $torch_index || -z $image ]] ||
         fail "$EXIT_USAGE" "--torch-index cannot be combined with --image, which builds nothing"
     [[ $model =~ ^[A-Za-z0-9._/-]*$ ]] ||
@@ -133,7 +139,7 @@ find_function() { # find_function <yaml name>
     display_name=$(yaml_value "$yaml" '    name')
     function_type=$(yaml_value "$yaml" '    type')
     port=${port:-$(yaml_value "$yaml" '        port')}
-    container=nuclio-${namespace:-nuclio}-$function_name # as Nuclio names it on the local platform
+    container=nuclio-${namespace:-${NUCTL_NAMESPACE:-nuclio}}-$function_name # as Nuclio names it on the local platform
     case $function_type in
         tracker) tab=Trackers ;;
         interactor) tab=Interactors ;;
@@ -303,7 +309,7 @@ stage_function() {
     fi
     rm -f -- "$stage/$config.bak"
     # The modes of a clone and of an archive differ, and Docker's build cache compares them.
-    chmod -R u=rwX,go=rX -- "$work"
+    chmod -R u=rwX,go=rX "$work"
     cd "$work" || exit # nuctl writes temporary files into the current folder
     [[ $dry_run == no ]] ||
         say "# $stage is a copy of $folder/$config and of the files in $code that the Dockerfile copies"
@@ -334,12 +340,12 @@ ensure_project() {
 build_image() { # --build-only
     # 'nuctl build' crashes on the local platform. A disabled function of another name is built
     # likewise, without stopping the function that runs under the real name.
-    local build_name=$function_name-build
+    local build_name=$function_name-build built=yes
     run nuctl deploy "$build_name" --project-name "$project" --path "$stage" \
-        --file "$stage/$config" "${nuctl_options[@]}" --disable ||
-        fail "$EXIT_FAILED" "The image was not built."
+        --file "$stage/$config" "${nuctl_options[@]}" --disable || built=no
     run nuctl delete function "$build_name" "${nuctl_options[@]}" ||
         complain "Warning: the disabled function $build_name was not deleted; nothing uses it."
+    [[ $built == yes ]] || fail "$EXIT_FAILED" "The image was not built."
 }
 
 deploy_function() {
@@ -405,7 +411,7 @@ test_tracker() {
 }
 
 report() {
-    local status reasons=() log_command port docker_port function_namespace
+    local status reasons=() log_command port docker_port port_mismatch='' function_namespace
     status=$(nuctl get function "$function_name" "${nuctl_options[@]}" --output json) ||
         fail "$EXIT_SELF_TEST" "nuctl does not find the function that it has just deployed."
     status=${status//[[:space:]]/}
@@ -419,8 +425,10 @@ report() {
         [[ -n $port ]] || reasons+=("it has no port")
         docker_port=$(docker port "nuclio-$function_namespace-$function_name" 8080 2>/dev/null || true)
         docker_port=$(first_match "$docker_port" ':([0-9]+)')
-        [[ -z $docker_port || $docker_port == "$port" ]] ||
-            reasons+=("Nuclio calls it on port $port, but its container has port $docker_port: deploy it again")
+        if [[ -n $docker_port && $docker_port != "$port" ]]; then
+            port_mismatch="Nuclio calls it on port $port, but its container has port $docker_port: deploy it again"
+            reasons+=("$port_mismatch")
+        fi
     fi
     [[ $status == *'"nuclio.io/project-name":"cvat"'* ]] || reasons+=("its project is not cvat")
     [[ $status == *"\"type\":\"$function_type\""* ]] || reasons+=("its annotation type is not $function_type")
@@ -429,7 +437,7 @@ report() {
         :
     elif [[ $platform == kube ]] && ! command -v kubectl >/dev/null; then
         say "Self-test skipped: kubectl, which reaches the function inside the cluster, is not installed."
-    elif [[ $platform == kube || -n $port ]]; then
+    elif [[ $platform == kube ]] || [[ -n $port && -z $port_mismatch ]]; then
         test_function
     fi
     [[ $platform == local ]] ||

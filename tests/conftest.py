@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from testbed.redis_server import RedisServer
 
 
 def pytest_configure() -> None:
-    """Let torch use one thread: threads of several test processes only wait for each other."""
+    """Let torch use one thread, as several test processes share the cores; let Ctrl-C work."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # A shell starts background jobs with SIGINT ignored, and so would be every program that a test
+    # starts and interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

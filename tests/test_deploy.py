@@ -718,7 +718,10 @@ def test_port_of_a_container_is_free_only_for_its_own_function(
 def test_port_that_changed_at_a_restart_is_noticed(machine: Machine) -> None:
     """Nuclio says ready and names the old port; deployed anew, both agree."""
     first = machine.run("deploy_cpu.sh", answers=[("docker", ["port"], "0.0.0.0:49153\n", 0)])
-    restarted = machine.run("deploy_cpu.sh", answers=[("docker", ["port"], "0.0.0.0:32772\n", 0)])
+    restarted = machine.run(
+        "deploy_cpu.sh",
+        answers=[("docker", ["port"], "0.0.0.0:32772\n", 0), ("curl", [], "", 7)],
+    )
 
     assert first.status == 0, first.text
     assert restarted.status == EXIT_SELF_TEST
@@ -728,9 +731,9 @@ def test_port_that_changed_at_a_restart_is_noticed(machine: Machine) -> None:
 @pytest.mark.parametrize("script", ["deploy_cpu.sh", "deploy_gpu.sh"])
 def test_index_of_pytorch_reaches_the_build(machine: Machine, script: str) -> None:
     """As a build argument of the base image, or in the copied GPU yaml."""
-    url = "https://mirror.example.com/whl/cu130"
+    url = f"https://mirror.example.com/whl/{'cpu' if script == 'deploy_cpu.sh' else 'cu130'}"
 
-    outcome = machine.run(script, "--torch-index", url)
+    outcome = machine.run(script, "--torch-index", f"{url}/")
 
     assert outcome.status == 0, outcome.text
     if script == "deploy_cpu.sh":
@@ -965,6 +968,7 @@ def test_function_that_cvat_will_not_list_is_reported(
         (["--port", "70000"], "expected a number from 1 to 65535"),
         (["--port", "8080", "--platform", "kube"], "cannot be combined with --platform kube"),
         (["--torch-index", "cu130"], "is not a URL like"),
+        (["--torch-index", "https://x.org/whl/cu130"], "a URL that ends in /cpu"),
         (["--torch-index", "https://x/cpu", "--image", "x"], "--image, which builds nothing"),
         (["--frobnicate"], "not an option"),
         (["--build-only", "--image", "x"], "cannot be combined with --platform kube or --image"),
