@@ -295,7 +295,7 @@ class _StripwiseBlock(nn.Module):
 def _fold_high_res_convs(model: SAM2Base) -> None:
     """Apply the mask decoder's 1 x 1 convolutions of the two finest levels in the neck.
 
-    A linear convolution after another is one with fewer channels.
+    Two linear convolutions in a row equal a single one.
     """
     neck, decoder = model.image_encoder.neck, model.sam_mask_decoder
     laterals = [neck.convs[-1], neck.convs[-2]]  # the coarsest comes first

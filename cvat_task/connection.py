@@ -243,7 +243,7 @@ class CvatConnection:
             )
             data = bytes(response.data)
         if not 200 <= response.status < 300:
-            raise _refusal(response.status, data, path)
+            raise _error_for(response.status, data, path)
         return data
 
 
@@ -275,7 +275,7 @@ def _decoded(body: bytes, path: str) -> Json:
     return answer
 
 
-def _refusal(status: int, body: bytes, path: str) -> CvatError:
+def _error_for(status: int, body: bytes, path: str) -> CvatError:
     reason = body.decode(errors="replace").strip()[:300]
     try:
         answer = json.loads(body)
@@ -311,7 +311,7 @@ def _translated(what: str) -> Iterator[None]:
             raise LoginError(
                 "the server does not let you in (wrong user or password): see --auth and --profile"
             ) from err
-        raise _refusal(err.status or 0, str(err.body or err.reason).encode(), what) from err
+        raise _error_for(err.status or 0, str(err.body or err.reason).encode(), what) from err
     except urllib3.exceptions.HTTPError as err:
         cause = getattr(err, "reason", None) or err
         if isinstance(cause, urllib3.exceptions.SSLError):

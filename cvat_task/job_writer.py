@@ -116,7 +116,7 @@ class JobWriter:
             if remaining := sum(len(deleted[name]) - len(unchanged[name]) for name in LISTS):
                 notes.append(
                     f"{remaining} annotations were changed by somebody while frames up to {frame} "
-                    "were written: look at what stands beside them"
+                    "were written: they stay beside the new ones, delete what is not needed"
                 )
             _represent_by_tracks(self.objects, pending, track_ids)
         self.save_progress()

@@ -34,7 +34,7 @@ from shapes import Shape, ShapeType, shape_to_mask
 from tracker import TrackedObject
 
 SHEET_FRAMES = 12
-Found = list[tuple[FollowedObject, TrackedObject]]  # the objects of a frame, as tracked there
+FrameResults = list[tuple[FollowedObject, TrackedObject]]
 
 
 @dataclass
@@ -180,10 +180,10 @@ class _Loop:
         numbers = [*self._lead_in(job_index, writer), *frames]
         try:
             for number, frame in self._frames(job_index, numbers):
-                found = self._track_frame(writer.objects, number, frame)
+                results = self._track_frame(writer.objects, number, frame)
                 if self._options.is_after(number, start):
-                    self._record(found, number, is_shared=number in shared)
-                    self._show(number, frame, found)
+                    self._record(results, number, is_shared=number in shared)
+                    self._show(number, frame, results)
                     last = number
                     count += 1
                     if count % self._batch_frames == 0:
@@ -247,7 +247,7 @@ class _Loop:
 
     def _track_frame(
         self, objects: Sequence[FollowedObject], number: int, frame: Image.Image
-    ) -> Found:
+    ) -> FrameResults:
         """Track the objects on a frame; one without a state token starts where it was last seen."""
         items: list[Start | Continue] = []
         tracked = []
@@ -267,24 +267,24 @@ class _Loop:
         is_remote = isinstance(self._client, RemoteTrackingClient)
         with self._interrupts.allowed() if is_remote else nullcontext():
             answers = self._client.track(frame, items)
-        found = list(zip(tracked, answers, strict=True))
-        for obj, answer in found:
+        results = list(zip(tracked, answers, strict=True))
+        for obj, answer in results:
             obj.progress.continue_from(answer.token)
-        return found
+        return results
 
-    def _record(self, found: Found, number: int, *, is_shared: bool) -> None:
-        for obj, answer in found:
+    def _record(self, results: FrameResults, number: int, *, is_shared: bool) -> None:
+        for obj, answer in results:
             is_found = answer.shape is not None and not answer.lost
             points = answer.shape.points if answer.shape is not None and is_found else None
             obj.progress.record(number, points, is_shared=is_shared)
             self._summary.lost[obj.spec.name] += not is_found
         self._summary.frames += 1
 
-    def _show(self, number: int, frame: Image.Image, found: Found) -> None:
-        self._sheet.add(number, frame, found)
+    def _show(self, number: int, frame: Image.Image, results: FrameResults) -> None:
+        self._sheet.add(number, frame, results)
         self._bar.set_description(f"frame {number}", refresh=False)
-        lost = sum(answer.lost for _, answer in found)
-        self._bar.set_postfix(objects=len(found), lost=lost, refresh=False)
+        lost = sum(answer.lost for _, answer in results)
+        self._bar.set_postfix(objects=len(results), lost=lost, refresh=False)
         self._bar.update()
 
     def _write(self, writer: JobWriter, last: int) -> None:
@@ -320,17 +320,17 @@ class _Sheet:
                 ) from err
             self._page = ContactSheet(out / "contact_sheet.png", sorted(self._shown))
 
-    def add(self, number: int, frame: Image.Image, found: Found) -> None:
+    def add(self, number: int, frame: Image.Image, results: FrameResults) -> None:
         """Draw a frame if it is among those to show."""
         if self._page is None or number not in self._shown:
             return
         size_hw = (frame.height, frame.width)
         masks = {
             index: shape_to_mask(answer.shape, size_hw) if answer.mask is None else answer.mask
-            for index, (_, answer) in enumerate(found)
+            for index, (_, answer) in enumerate(results)
             if answer.shape is not None and not answer.lost
         }
-        names = [obj.spec.name for obj, _ in found]
+        names = [obj.spec.name for obj, _ in results]
         self._page.add(number, draw_masks(np.asarray(frame), masks, names))
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from sam2.sam2_video_predictor import SAM2VideoPredictor
 from torch.nn import functional
 
-from errors import TooLargeError
+from errors import SettingsError, TooLargeError
 from interaction.protocol import Prompt
 from mask_regions import small_regions
 from model_handler import IMAGE_MEAN, IMAGE_STD, compute_dtype, inference
@@ -231,7 +231,8 @@ def build_segmenter(settings: Settings) -> Segmenter:
     """Load the model that the settings name, and warm it up for a click and a box.
 
     Raises:
-        SettingsError: See `model_loader.load_predictor`.
+        SettingsError: See `model_loader.load_predictor`; or one frame does not fit into the device's
+            memory.
     """
     model, fingerprint = load_predictor(settings)
     segmenter = Segmenter(
@@ -242,8 +243,11 @@ def build_segmenter(settings: Settings) -> Segmenter:
         island_area=settings.interactor.island_area,
     )
     blank = Image.new("RGB", (64, 64))
-    segmenter.segment("warm-up", lambda: blank, Prompt(positive=((32.0, 32.0),)))
-    segmenter.segment("warm-up", lambda: blank, Prompt(box=(16.0, 16.0, 48.0, 48.0)))
+    try:
+        segmenter.segment("warm-up", lambda: blank, Prompt(positive=((32.0, 32.0),)))
+        segmenter.segment("warm-up", lambda: blank, Prompt(box=(16.0, 16.0, 48.0, 48.0)))
+    except TooLargeError as err:
+        raise SettingsError(f"SAM2_DEVICE={settings.device!r}: {err}") from err
     return segmenter
 
 

@@ -1,8 +1,8 @@
-"""A CVAT server for tests: one task, its jobs, frames and annotations, over HTTP.
+"""A CVAT server for tests: one task with its jobs, frames and annotations, over HTTP.
 
-It keeps annotations as CVAT 2.54 does, and its answers have the form of those recorded from CVAT
-2.54 (`cvat_recorded.json`; `test_cvat_server.py` replays them). Frames are made by the test; chunks
-of videos are lossless, as all of CVAT's decode to the same pixels.
+It stores annotations as CVAT 2.54 does, and its answers have the form of those recorded from CVAT
+2.54 (`cvat_recorded.json`; `test_cvat_server.py` replays them). The test makes the frames.
+Chunks of videos are lossless, so that every decoder gives the same pixels.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ PAGE_SIZE = 10  # as CVAT's
 
 
 class Refusal(Exception):  # noqa: N818  # an answer, not a fault
-    """An answer with an error status."""
+    """Makes the server answer with an error status."""
 
     def __init__(self, status: int, body: object) -> None:
         super().__init__(status)
@@ -71,7 +71,7 @@ class Refusal(Exception):  # noqa: N818  # an answer, not a fault
 
 @dataclass(frozen=True)
 class Call:
-    """One request.
+    """A request.
 
     Attributes:
         method: GET, PATCH, ...
@@ -94,24 +94,24 @@ class Call:
 
 @dataclass
 class Task:
-    """What the server has.
+    """The task that the server has.
 
     Attributes:
-        frames: Of the task, as its annotations count them.
-        name: The task's.
+        frames: The task's frames, as its annotations count them.
+        name: The task's name.
         file: Name of the video it was made from.
-        id: The task's.
-        job_ids: Of its jobs, by their first frames.
+        id: The task's id.
+        job_ids: Ids of its jobs, by their first frames.
         segment_size: Frames per job; None means one job with all.
         overlap: Frames that a job shares with the one before it.
         chunk_size: Frames per chunk.
         video: Whether it was made from a video: chunks are MP4, else ZIP files with images.
         start: The file's number of the first frame.
-        step: Every so many-th frame of the file is in the task.
+        step: The task has only every step-th frame of the file.
         deleted: Deleted frames.
         included: The frames that its only job has, as a ground-truth job; None means all.
-        honeypots: Frames that show another one; any make it a task of validation mode `gt_pool`.
-        labels: The task's.
+        honeypots: Frames that show another frame; any make the task's validation mode `gt_pool`.
+        labels: The task's labels.
     """
 
     frames: Sequence[Picture]
@@ -145,11 +145,11 @@ class CvatServer:
 
     Attributes:
         calls: All requests, in order.
-        before: Called before a request is served; what it raises as `Refusal` is the answer.
+        before: Called before a request is served; a `Refusal` that it raises is the answer.
         after: Called when a request was served and before it is answered; may raise `Refusal` too.
         refuse: By path, a status and body to answer instead.
-        raw: By path, bytes to answer instead, as if all were well.
-        chunks: Those made so far, by job and index.
+        raw: By path, bytes to answer instead, with status 200.
+        chunks: The chunks made so far, by job and index.
     """
 
     def __init__(self, task: Task, certificate: Path | None = None) -> None:
@@ -167,7 +167,7 @@ class CvatServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True  # headers and body are two packets
+            disable_nagle_algorithm = True  # headers and body are sent as two packets
 
             def do_GET(self) -> None:
                 server._serve(self)
@@ -185,7 +185,7 @@ class CvatServer:
             self._http.socket = context.wrap_socket(self._http.socket, server_side=True)
             scheme = "https"
         self.url = f"{scheme}://127.0.0.1:{self._http.server_address[1]}"
-        self._http.handle_error = lambda *_: None  # type: ignore[method-assign]  # a killed client
+        self._http.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client was killed
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,))
 
     def __enter__(self) -> Self:
@@ -200,36 +200,36 @@ class CvatServer:
     # -------------------------------------------------------------- what tests do
 
     def count_from(self, **first: int) -> None:
-        """Let the ids of new shapes, tracks and tracked shapes begin at these numbers."""
+        """Set the ids of the next shape, track and tracked shape."""
         self._ids |= {name: itertools.count(number) for name, number in first.items()}
 
     def add(self, job: int, kind: str, **fields: Any) -> int:
         """Add a shape or track, as an annotator does, and return its id."""
         with self._lock:
             created = self.create(job, _empty() | {kind: [fields]})
-        number: int = created[kind][0]["id"]
-        return number
+        id_: int = created[kind][0]["id"]
+        return id_
 
-    def remove(self, job: int, kind: str, number: int) -> None:
+    def remove(self, job: int, kind: str, id_: int) -> None:
         """Delete a shape or track, as an annotator does."""
         with self._lock:
-            self.data[job][kind] = [one for one in self.data[job][kind] if one["id"] != number]
+            self.data[job][kind] = [obj for obj in self.data[job][kind] if obj["id"] != id_]
 
     def shapes(self, job: int, **fields: Any) -> list[Json]:
         """Return a job's shapes with these fields, by frame."""
-        return self._some(job, "shapes", fields)
+        return self._select(job, "shapes", fields)
 
     def tracks(self, job: int, **fields: Any) -> list[Json]:
         """Return a job's tracks with these fields, keyframes by frame."""
-        return self._some(job, "tracks", fields)
+        return self._select(job, "tracks", fields)
 
-    def _some(self, job: int, kind: str, fields: Json) -> list[Json]:
-        found = [
-            one
-            for one in self.annotations(job)[kind]
-            if all(one[name] == value for name, value in fields.items())
+    def _select(self, job: int, kind: str, fields: Json) -> list[Json]:
+        objects = [
+            obj
+            for obj in self.annotations(job)[kind]
+            if all(obj[name] == value for name, value in fields.items())
         ]
-        return sorted(found, key=lambda one: (one["frame"], one["id"]))
+        return sorted(objects, key=lambda obj: (obj["frame"], obj["id"]))
 
     def frame(self, number: int) -> Picture:
         """Return a frame as it is shown."""
@@ -253,7 +253,7 @@ class CvatServer:
             self.calls.append(call)
             self.before(call)
             if call.path in self.refuse:
-                raise Refusal(*self.refuse[call.path])  # noqa: TRY301  # as every other
+                raise Refusal(*self.refuse[call.path])  # noqa: TRY301  # as every other refusal
             if call.path == "/api/auth/login":
                 self._log_in(call.body)
                 cookies = ["sessionid=session-1; Path=/", "csrftoken=csrf-1; Path=/"]
@@ -297,7 +297,7 @@ class CvatServer:
                     answer = json.dumps(self._answer(parts, call)).encode()
                 return 200, "application/vnd.cvat+json", answer
 
-    def _answer(self, parts: list[str], call: Call) -> Any:  # noqa: C901, PLR0911, PLR0912  # addresses
+    def _answer(self, parts: list[str], call: Call) -> Any:  # noqa: C901, PLR0911, PLR0912  # one case per address
         match call.method, parts:
             case "GET", ["server", "about"]:
                 return {"name": "Computer Vision Annotation Tool", "version": "2.54.1"}
@@ -311,7 +311,8 @@ class CvatServer:
             case "GET", ["labels"]:
                 extra = {"sublabels": [], "task_id": self.task.id, "parent_id": None}
                 return _page(
-                    [one | extra | {"has_parent": False} for one in self.task.labels], call.query
+                    [label | extra | {"has_parent": False} for label in self.task.labels],
+                    call.query,
                 )
         job = int(parts[1])
         if parts[0] != "jobs" or job not in self.data:
@@ -322,11 +323,13 @@ class CvatServer:
             case "GET", ["data", "meta"]:
                 return self._meta(job)
             case "GET", ["validation_layout"]:
-                there = [one for one in self.task.honeypots if one in self.task.ranges()[job]]
+                honeypots = [
+                    frame for frame in self.task.honeypots if frame in self.task.ranges()[job]
+                ]
                 return {
-                    "honeypot_count": len(there),
-                    "honeypot_frames": there,
-                    "honeypot_real_frames": [0] * len(there),
+                    "honeypot_count": len(honeypots),
+                    "honeypot_frames": honeypots,
+                    "honeypot_real_frames": [0] * len(honeypots),
                 }
             case "GET", ["annotations"]:
                 return self.annotations(job)
@@ -382,7 +385,9 @@ class CvatServer:
 
     def _meta(self, job: int) -> Json:
         frames = self.task.ranges()[job]
-        sizes = [self.task.frames[0]] if self.task.video else [self.task.frames[i] for i in frames]
+        pictures = (
+            [self.task.frames[0]] if self.task.video else [self.task.frames[i] for i in frames]
+        )
         return {
             "chunk_size": self.task.chunk_size,
             "size": len(frames),
@@ -391,17 +396,17 @@ class CvatServer:
             "frame_filter": f"step={self.task.step}" if self.task.step > 1 else "",
             "frames": [
                 {
-                    "width": one.shape[1],
-                    "height": one.shape[0],
+                    "width": picture.shape[1],
+                    "height": picture.shape[0],
                     "name": self.task.file if self.task.video else f"{index}.png",
                     "related_files": 0,
                     "has_related_context": False,
                 }
-                for index, one in enumerate(sizes)
+                for index, picture in enumerate(pictures)
             ],
-            "deleted_frames": [one for one in self.task.deleted if one in frames],
+            "deleted_frames": [frame for frame in self.task.deleted if frame in frames],
             "included_frames": self.task.included
-            and [self.task.start + one * self.task.step for one in self.task.included],
+            and [self.task.start + frame * self.task.step for frame in self.task.included],
         }
 
     def _data(self, job: int, query: dict[str, str]) -> tuple[int, str, bytes]:
@@ -427,35 +432,42 @@ class CvatServer:
         with self._lock:
             answer = copy.deepcopy(self.data[job])
         for shape in answer["shapes"]:
-            _as_read(shape)
+            _numbers_as_floats(shape)
             shape |= {"description": None, "needs_review": None}
             self._complete(shape, ("mutable", "fixed"), [])
         for track in answer["tracks"]:
             self._complete(track, ("fixed",), [])
-            track["shapes"].sort(key=lambda one: one["frame"])
+            track["shapes"].sort(key=lambda key: key["frame"])
             before: list[Json] = []
             for key in track["shapes"]:
-                _as_read(key)
+                _numbers_as_floats(key)
                 self._complete(key, ("mutable",), before, track["label_id"])
                 before = key["attributes"]
         return answer
 
     def _complete(
-        self, one: Json, kinds: Sequence[str], before: list[Json], label_id: int | None = None
+        self, obj: Json, kinds: Sequence[str], before: list[Json], label_id: int | None = None
     ) -> None:
-        """Add attributes that are not there: as on the keyframe before, else as by default."""
+        """Add missing attributes: as on the keyframe before, else the default value.
+
+        Args:
+            obj: A shape, a track or a keyframe; changed.
+            kinds: Which attributes it has: `mutable`, `fixed` or both.
+            before: Attributes of the keyframe before.
+            label_id: The track's label, for a keyframe.
+        """
         label = next(
             each
             for each in self.task.labels
-            if each["id"] == label_id or one.get("label_id") == each["id"]
+            if each["id"] == label_id or obj.get("label_id") == each["id"]
         )
         values = {each["spec_id"]: each["value"] for each in before}
-        there = {each["spec_id"] for each in one["attributes"]}
+        existing = {each["spec_id"] for each in obj["attributes"]}
         for spec in label["attributes"]:
             kind = "mutable" if spec["mutable"] else "fixed"
-            if kind in kinds and spec["id"] not in there:
+            if kind in kinds and spec["id"] not in existing:
                 value = values.get(spec["id"], spec["default_value"])
-                one["attributes"].append({"spec_id": spec["id"], "value": value})
+                obj["attributes"].append({"spec_id": spec["id"], "value": value})
 
     def create(self, job: int, body: Json) -> Json:
         """Add annotations, all or none, and return them with ids."""
@@ -468,22 +480,22 @@ class CvatServer:
             "shapes": [self._new_shape(shape) for shape in new["shapes"]],
             "tracks": [self._new_track(track) for track in new["tracks"]],
         }
-        for name, ones in created.items():
-            self.data[job][name] += copy.deepcopy(ones)
+        for name, objects in created.items():
+            self.data[job][name] += copy.deepcopy(objects)
         return {"version": 0, **created}
 
     def _check(self, new: Json) -> None:
         known = {label["id"]: label for label in self.task.labels}
-        for one in [*new["shapes"], *new["tracks"]]:
-            if "id" in one:
-                raise Refusal(400, ["an id on what is created would overwrite another's"])
-            if one["label_id"] not in known:
-                raise Refusal(400, [f"label_id `{one['label_id']}` is invalid"])
-            if any(value is None for value in one.values()):
+        for obj in [*new["shapes"], *new["tracks"]]:
+            if "id" in obj:
+                raise Refusal(400, ["a new object with an id would overwrite another object"])
+            if obj["label_id"] not in known:
+                raise Refusal(400, [f"label_id `{obj['label_id']}` is invalid"])
+            if any(value is None for value in obj.values()):
                 raise Refusal(400, ["This field may not be null."])
         for track in new["tracks"]:
             mutable = {a["id"] for a in known[track["label_id"]]["attributes"] if a["mutable"]}
-            if any(one["spec_id"] in mutable for one in track.get("attributes", [])):
+            if any(a["spec_id"] in mutable for a in track.get("attributes", [])):
                 raise Refusal(400, ["spec_id of a mutable attribute is invalid in a track"])
             if any(
                 a["spec_id"] not in mutable
@@ -496,7 +508,7 @@ class CvatServer:
                 raise Refusal(500, "two keyframes on one frame, or none")
 
     def _new_shape(self, shape: Json) -> Json:
-        defaults = _place_defaults() | {
+        defaults = _keyframe_defaults() | {
             "group": 0,
             "source": "manual",
             "description": "",
@@ -508,7 +520,7 @@ class CvatServer:
 
     def _new_track(self, track: Json) -> Json:
         keyframes = [
-            _place_defaults() | {"attributes": []} | key | {"id": next(self._ids["tracked"])}
+            _keyframe_defaults() | {"attributes": []} | key | {"id": next(self._ids["tracked"])}
             for key in track["shapes"]
         ]
         defaults = {"group": 0, "source": "manual", "attributes": [], "elements": []}
@@ -516,8 +528,8 @@ class CvatServer:
 
     def _delete(self, job: int, body: Json) -> Json:
         for name in ("shapes", "tracks"):
-            gone = {one["id"] for one in body.get(name) or []}
-            self.data[job][name] = [one for one in self.data[job][name] if one["id"] not in gone]
+            ids = {obj["id"] for obj in body.get(name) or []}
+            self.data[job][name] = [obj for obj in self.data[job][name] if obj["id"] not in ids]
         return {
             "version": 0,
             **{name: body.get(name) or [] for name in ("tags", "shapes", "tracks")},
@@ -528,13 +540,14 @@ def _empty() -> Json:
     return {"version": 0, "tags": [], "shapes": [], "tracks": []}
 
 
-def _place_defaults() -> Json:
+def _keyframe_defaults() -> Json:
     return {"occluded": False, "outside": False, "z_order": 0, "rotation": 0}
 
 
-def _as_read(place: Json) -> None:
-    place["points"] = [float(value) for value in place["points"]]
-    place["rotation"] = float(place["rotation"])
+def _numbers_as_floats(shape: Json) -> None:
+    """Change a shape's or keyframe's numbers to what CVAT answers."""
+    shape["points"] = [float(value) for value in shape["points"]]
+    shape["rotation"] = float(shape["rotation"])
 
 
 def _page(items: list[Json], query: dict[str, str]) -> Json:
@@ -562,7 +575,7 @@ def _archive(pictures: Sequence[Picture]) -> bytes:
 
 
 def encode_video(pictures: Sequence[Picture], codec: str = "FFV1") -> bytes:
-    """Return an MP4; by default a lossless one."""
+    """Return an MP4, by default with a lossless codec."""
     with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
         height, width = pictures[0].shape[:2]
         writer = cv2.VideoWriter(file.name, cv2.VideoWriter.fourcc(*codec), 25, (width, height))

@@ -1,8 +1,9 @@
-"""What tests of `track_task.py` work with: a served task, the command, an client that moves."""
+"""Run `track_task.py` in tests: a served task, the command, and a client that moves objects."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,20 @@ MASK = [0, 100, 40, 10, 49, 19]
 
 
 def frames_of(count: int) -> list[Picture]:
-    """Return frames that tell their number by their red."""
+    """Return frames whose red value tells their number."""
     return [np.full((*SIZE_HW, 3), (5 * number, 9, 9), np.uint8) for number in range(count)]
 
 
 class MovingTrackingClient:
-    """Moves every object one pixel right a frame, and reads the frame's number from its red.
+    """Moves every object a pixel to the right per frame.
 
     Args:
         lost: Whether an object of a type is lost on a frame.
-        on_frame: Called with each frame's number first.
+        on_frame: Called with each frame's number before it is tracked.
+
+    Attributes:
+        seen: Numbers of the frames, in order.
+        starts: Frame and points of each object that was started.
     """
 
     def __init__(
@@ -45,12 +50,12 @@ class MovingTrackingClient:
     ) -> None:
         self._lost = lost
         self._on_frame = on_frame
-        self._begun: dict[StateToken, tuple[Shape, int]] = {}
+        self._starts: dict[StateToken, tuple[Shape, int]] = {}
         self.seen: list[int] = []
         self.starts: list[tuple[int, list[float]]] = []
 
     def close(self) -> None:
-        """Hold nothing."""
+        """Do nothing."""
 
     def track(self, frame: Image.Image, items: Sequence[Start | Continue]) -> list[TrackedObject]:
         """See `TrackingClient.track`."""
@@ -64,20 +69,20 @@ class MovingTrackingClient:
             token = StateToken(new_id(), new_id())
             if isinstance(item, Start):
                 self.starts.append((number, list(item.shape.points)))
-                self._begun[token] = item.shape, number
+                self._starts[token] = item.shape, number
                 answers.append(TrackedObject(token, item.shape, lost=False))
                 continue
-            shape, begun = self._begun[token] = self._begun[item.token]
+            shape, start = self._starts[token] = self._starts[item.token]
             if self._lost(shape.type, number):
                 answers.append(TrackedObject(token, None, lost=True))
             else:
-                moved = moved_by(shape.type, shape.points, number - begun)
+                moved = moved_by(shape.type, shape.points, number - start)
                 answers.append(TrackedObject(token, Shape(shape.type, moved), lost=False))
         return answers
 
 
 def moved_by(shape_type: str, points: Sequence[float], distance: int) -> list[float]:
-    """Return a shape further right."""
+    """Return a shape's points, moved to the right."""
     points = list(points)
     first, columns = (len(points) - 4, 2) if shape_type == "mask" else (0, 2)
     for index in range(first, len(points), columns):
@@ -86,7 +91,7 @@ def moved_by(shape_type: str, points: Sequence[float], distance: int) -> list[fl
 
 
 class TaskHarness:
-    """A server and the command on it, with an client in the place of the model."""
+    """A server and the command, with another client in place of the model."""
 
     def __init__(self, server: CvatServer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.server = server
@@ -108,22 +113,13 @@ class TaskHarness:
 def harness_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[Callable[[Task], TaskHarness]]:
-    """Serve a task; journals lie in a folder of the test, and repeats do not wait."""
+    """Serve tasks; journals are in a folder of the test, and repeats do not wait."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.delenv("CVAT_ACCESS_TOKEN", raising=False)
     monkeypatch.setattr(connection, "RETRY_WAIT", wait_none())
-    running = []
-
-    def serve(task: Task) -> TaskHarness:
-        server = CvatServer(task)
-        server.__enter__()
-        running.append(server)
-        return TaskHarness(server, monkeypatch)
-
-    yield serve
-    for server in running:
-        server.__exit__()
+    with ExitStack() as servers:
+        yield lambda task: TaskHarness(servers.enter_context(CvatServer(task)), monkeypatch)
 
 
 @pytest.fixture
@@ -146,14 +142,14 @@ def keyframe(shape_type: str, frame: int, points: Sequence[float], **fields: Any
 
 
 def visible(track: dict[str, Any]) -> dict[int, bool]:
-    """Return for each keyframe of a track whether the object is there."""
+    """Return for each keyframe of a track, by frame, whether the object is visible."""
     return {key["frame"]: not key["outside"] for key in track["shapes"]}
 
 
 def without_ids(value: Any) -> Any:
-    """Return JSON without ids, shapes by frame."""
+    """Return JSON without ids, lists in a canonical order."""
     if isinstance(value, dict):
-        return {name: without_ids(one) for name, one in value.items() if name != "id"}
+        return {name: without_ids(obj) for name, obj in value.items() if name != "id"}
     if isinstance(value, list):
-        return sorted((without_ids(one) for one in value), key=repr)
+        return sorted((without_ids(obj) for obj in value), key=repr)
     return value

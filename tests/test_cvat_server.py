@@ -1,4 +1,4 @@
-"""The CVAT server of the tests answers as CVAT does."""
+"""The CVAT server for tests answers as CVAT does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECORDED = Path(__file__).parent.parent / "testbed" / "cvat_recorded.json"
 def test_it_answers_what_was_recorded_from_cvat() -> None:
     """Call for call as CVAT 2.54 did, for a task of two overlapping jobs.
 
-    What nobody reads (dates, links, owners) was taken out of the recording.
+    Fields that nothing reads (dates, links, owners) were removed from the recording.
     """
     frames = [np.zeros((240, 320, 3), np.uint8)] * 40
     task = Task(frames, name="bedroom", file="small.mp4", segment_size=25, overlap=5, chunk_size=10)
@@ -39,7 +39,7 @@ def test_it_answers_what_was_recorded_from_cvat() -> None:
 
 
 def test_a_wrong_password_is_401() -> None:
-    """As recorded; the form of the answer is CVAT's."""
+    """The form of the answer is CVAT's."""
     with CvatServer(Task([np.zeros((8, 8, 3), np.uint8)])) as server:
         response = httpx.get(f"{server.url}/api/jobs/6")
 

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from sam2.sam2_video_predictor import SAM2VideoPredictor
 
-from errors import TooLargeError
+from errors import SettingsError, TooLargeError
 from interaction.protocol import Prompt
-from interaction.segmenter import CACHED_HINTS, Segmenter
+from interaction.segmenter import CACHED_HINTS, Segmenter, build_segmenter
 from model_loader import load_predictor
 from settings import Settings
 from testbed.drawn_frames import SIZE_HW, jpeg_frames
@@ -119,6 +119,20 @@ def test_frame_that_never_fits_is_refused(
             segmenter.segment("a", picture, CLICK)
 
     assert segmenter.segment("a", picture, CLICK).mask.shape == SIZE_HW
+
+
+def test_device_that_is_too_small_is_refused_at_the_start(
+    micro: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The function stops with one line instead of refusing every frame."""
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Segmenter, "_encode", fail)
+
+    with pytest.raises(SettingsError, match="SAM2_DEVICE='cpu': cpu has too little memory"):
+        build_segmenter(Settings.from_env(micro))
 
 
 def test_frames_do_not_share_hints(model: SAM2VideoPredictor) -> None:

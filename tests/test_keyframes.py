@@ -1,4 +1,4 @@
-"""Where a track is between its keyframes, as CVAT's annotators see it."""
+"""Tracks are between their keyframes where CVAT shows them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def key(shape_type: str, frame: int, points: list[float], **fields: Any) -> Json
 
 
 def test_positions_are_those_that_cvat_showed() -> None:
-    """A polygon between two keyframes, and a rectangle behind its only one."""
+    """A polygon between two keyframes, and a rectangle after its only one."""
     recorded = json.loads(RECORDED.read_text())
     states = {state["clientID"]: state for state in recorded["states_at_7"]}
     tracks = recorded["input"]["collection"]["tracks"]
@@ -39,8 +39,8 @@ def test_positions_are_those_that_cvat_showed() -> None:
         assert keyframe["points"] == pytest.approx(states[track["clientID"]]["points"])
 
 
-def test_a_track_is_nowhere_before_it_begins_and_while_it_is_outside() -> None:
-    """Else it stays where it was last."""
+def test_a_track_has_no_position_before_it_begins_and_while_it_is_outside() -> None:
+    """After a visible keyframe it stays where it is."""
     box = [0.0, 0.0, 2.0, 2.0]
     keys = [
         key("rectangle", 5, box, outside=True),
@@ -48,12 +48,12 @@ def test_a_track_is_nowhere_before_it_begins_and_while_it_is_outside() -> None:
         key("rectangle", 8, box),
     ]
 
-    there = [frame for frame in range(12) if keyframe_at(keys, frame) is not None]
-    assert there == [2, 3, 4, 8, 9, 10, 11]
+    visible = [frame for frame in range(12) if keyframe_at(keys, frame) is not None]
+    assert visible == [2, 3, 4, 8, 9, 10, 11]
 
 
 def test_boxes_move_evenly_and_turn_the_short_way() -> None:
-    """From 350 to 30 degrees by way of 10."""
+    """From 350 to 30 degrees through 10."""
     keys = [
         key("rectangle", 0, [0, 0, 10, 10], rotation=350),
         key("rectangle", 4, [8, 4, 18, 14], rotation=30),
@@ -76,11 +76,11 @@ def test_attributes_hold_from_their_keyframe_on() -> None:
     keyframe = keyframe_at(keys, 5)
 
     assert keyframe is not None
-    assert {one["spec_id"]: one["value"] for one in keyframe["attributes"]} == {1: "a", 2: "y"}
+    assert {obj["spec_id"]: obj["value"] for obj in keyframe["attributes"]} == {1: "a", 2: "y"}
 
 
 def test_vertices_pair_up_along_their_rings() -> None:
-    """A vertex more on one side does not turn the polygon; it comes in on its way."""
+    """An additional vertex does not turn the polygon."""
     square = [0.0, 0.0, 8.0, 0.0, 8.0, 8.0, 0.0, 8.0]
     with_one_more = [0.0, 0.0, 4.0, -4.0, 8.0, 0.0, 8.0, 8.0, 0.0, 8.0]
     keys = [key("polygon", 0, square), key("polygon", 2, with_one_more)]
@@ -100,13 +100,13 @@ def test_vertices_pair_up_along_their_rings() -> None:
     share=st.integers(1, 9),
 )
 @settings(deadline=None)
-def test_a_polygon_that_only_moves_keeps_its_form(
+def test_a_polygon_that_only_moves_keeps_its_shape(
     corners: list[tuple[float, float]], shift: tuple[float, float], share: int
 ) -> None:
-    """Each vertex finds itself again."""
+    """Each vertex is paired with itself."""
     left = np.array(corners)
     steps = np.linalg.norm(np.diff(left, axis=0, append=left[:1]), axis=1)
-    if steps.min() < 1e-3:  # vertices on one spot cannot be told apart
+    if steps.min() < 1e-3:  # vertices in the same position cannot be told apart
         return
     keys = [
         key("polygon", 0, left.ravel().tolist()),
@@ -122,7 +122,7 @@ def test_a_polygon_that_only_moves_keeps_its_form(
 @pytest.mark.parametrize("angle", [0, 30, 90, 200])
 @pytest.mark.parametrize("shape_type", ["rectangle", "ellipse"])
 def test_a_turned_shape_starts_from_its_upright_extent(shape_type: str, angle: float) -> None:
-    """As far as its outline reaches."""
+    """The bounding box of its outline."""
     points = [10.0, 20.0, 40.0, 30.0] if shape_type == "rectangle" else [25.0, 25.0, 40.0, 20.0]
     t = np.linspace(0, 2 * np.pi, 100_001)
     if shape_type == "rectangle":

@@ -1,4 +1,4 @@
-"""From a CVAT task to tracks written back, against a CVAT server that keeps them as CVAT does."""
+"""Track a CVAT task and write the results back, with a server that stores them as CVAT does."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = ["harness", "harness_for"]  # fixtures
 
 
 def test_a_polygon_becomes_a_track_and_a_mask_one_shape_per_frame(harness: TaskHarness) -> None:
-    """The polygon's shape gives way to the track; the mask is grouped with what follows it."""
+    """A track replaces the polygon; the mask is grouped with the masks of the other frames."""
     harness.server.add(6, "shapes", **shape("polygon", POLYGON, z_order=3, occluded=True, group=4))
     harness.server.add(6, "shapes", **shape("mask", MASK))
     code = harness.track("--batch", "5")
@@ -51,16 +51,16 @@ def test_a_polygon_becomes_a_track_and_a_mask_one_shape_per_frame(harness: TaskH
         assert (key["z_order"], key["occluded"]) == (3, True)
     assert (track["source"], track["group"], track["label_id"]) == ("semi-auto", 4, 6)
     assert track["attributes"] == [{"spec_id": 1, "value": "big"}]
-    assert [one["frame"] for one in masks] == list(range(12))
-    assert {one["group"] for one in masks} == {5}
-    assert [one["source"] for one in masks] == ["manual"] + ["semi-auto"] * 11
-    for one in masks:
-        assert one["points"] == moved_by("mask", MASK, one["frame"])
-        assert one["attributes"] == [{"spec_id": 1, "value": "big"}]
+    assert [obj["frame"] for obj in masks] == list(range(12))
+    assert {obj["group"] for obj in masks} == {5}
+    assert [obj["source"] for obj in masks] == ["manual"] + ["semi-auto"] * 11
+    for obj in masks:
+        assert obj["points"] == moved_by("mask", MASK, obj["frame"])
+        assert obj["attributes"] == [{"spec_id": 1, "value": "big"}]
 
 
 def test_lost_objects_are_outside_until_they_are_found(harness: TaskHarness) -> None:
-    """On both sides of a change there are keyframes; a mask is not drawn where it is lost."""
+    """There are keyframes on both sides of a change; no mask is written where it is lost."""
     harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     harness.server.add(6, "shapes", **shape("mask", MASK))
     client = MovingTrackingClient(lost=lambda _, frame: 4 <= frame <= 6)
@@ -68,12 +68,12 @@ def test_lost_objects_are_outside_until_they_are_found(harness: TaskHarness) -> 
     (track,) = harness.server.tracks(6)
 
     assert visible(track) == {0: True, 3: True, 4: False, 6: False, 7: True, 11: True}
-    assert [one["frame"] for one in harness.server.shapes(6)] == [0, 1, 2, 3, 7, 8, 9, 10, 11]
+    assert [obj["frame"] for obj in harness.server.shapes(6)] == [0, 1, 2, 3, 7, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize("batch", ["1", "4", "5", "50"])
-def test_batches_leave_no_trace(harness: TaskHarness, batch: str) -> None:
-    """However often is written, the keyframes are those of one long batch."""
+def test_keyframes_do_not_depend_on_the_batch(harness: TaskHarness, batch: str) -> None:
+    """Several batches write the same keyframes as a single one."""
     harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     client = MovingTrackingClient(lost=lambda _, frame: frame == 8)
     harness.track("--keyframe-every", "4", "--batch", batch, "--to-frame", "10", client=client)
@@ -86,7 +86,7 @@ def test_batches_leave_no_trace(harness: TaskHarness, batch: str) -> None:
 def test_a_track_starts_between_its_keyframes_and_keeps_those_beyond(
     harness_for: Callable[[Task], TaskHarness],
 ) -> None:
-    """The prompt is the interpolated position; attributes that change stay where they change."""
+    """It starts at the interpolated position; attributes stay where they change."""
     task = Task(frames_of(12))
     task.labels[0]["attributes"].append(MUTABLE)
     harness = harness_for(task)
@@ -117,7 +117,7 @@ def test_a_track_starts_between_its_keyframes_and_keeps_those_beyond(
 
 
 def test_only_what_was_asked_for_is_followed(harness: TaskHarness) -> None:
-    """By label, by id; everything else stays as it is."""
+    """By label or by id; everything else stays as it is."""
     harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     chosen = harness.server.add(6, "shapes", **shape("polygon", POLYGON, label_id=7, attributes=[]))
     harness.server.add(6, "shapes", **shape("points", [1, 1]))
@@ -128,12 +128,12 @@ def test_only_what_was_asked_for_is_followed(harness: TaskHarness) -> None:
 
     assert first["label_id"] == 7
     assert len(left) == 2
-    assert chosen not in {one["id"] for one in left}
+    assert chosen not in {obj["id"] for obj in left}
     assert [track["label_id"] for track in harness.server.tracks(6)] == [7, 6]
 
 
 def test_backwards_goes_to_the_first_frame(harness: TaskHarness) -> None:
-    """From the last frame that has objects; the track ends behind it."""
+    """From the last frame that has objects; the track ends after it."""
     harness.server.add(6, "shapes", **shape("polygon", POLYGON, frame=7))
     client = MovingTrackingClient()
     harness.track("--backwards", "--batch", "3", client=client)
@@ -145,7 +145,7 @@ def test_backwards_goes_to_the_first_frame(harness: TaskHarness) -> None:
 
 
 def test_tracking_again_replaces_what_tracking_made(harness: TaskHarness) -> None:
-    """Grouped semi-auto masks are made anew; one that somebody drew stays, its frame is left."""
+    """Semi-auto masks of the group are replaced; a mask that somebody drew stays."""
     harness.server.add(6, "shapes", **shape("mask", MASK))
     harness.server.add(6, "shapes", **shape("mask", moved_by("mask", MASK, 20), group=9))
     harness.track()
@@ -158,36 +158,36 @@ def test_tracking_again_replaces_what_tracking_made(harness: TaskHarness) -> Non
     )
     masks = harness.server.shapes(6, group=10)
 
-    assert [one["frame"] for one in masks] == list(range(12))
+    assert [obj["frame"] for obj in masks] == list(range(12))
     assert masks[5]["source"] == "manual"
     assert masks[5]["points"] == MASK
     assert harness.server.shapes(6, group=9) == other
 
 
-def test_earlier_masks_go_where_the_object_is_not_found_now(harness: TaskHarness) -> None:
-    """Also when a whole batch finds nothing to put in their place."""
+def test_earlier_masks_are_deleted_where_the_object_is_not_found_now(harness: TaskHarness) -> None:
+    """Also when a whole batch finds nothing to replace them."""
     harness.server.add(6, "shapes", **shape("mask", MASK))
     harness.track()
     client = MovingTrackingClient(lost=lambda _, frame: 3 <= frame <= 9)
     harness.track("--batch", "4", client=client)
 
-    assert [one["frame"] for one in harness.server.shapes(6)] == [0, 1, 2, 10, 11]
+    assert [obj["frame"] for obj in harness.server.shapes(6)] == [0, 1, 2, 10, 11]
 
 
-def test_a_new_group_is_nobody_elses(harness: TaskHarness) -> None:
-    """Neither of shapes, tracks nor tags."""
+def test_a_new_group_has_an_unused_number(harness: TaskHarness) -> None:
+    """Neither shapes, tracks nor tags have it."""
     harness.server.add(6, "shapes", **shape("mask", MASK))
     tag = {"id": 1, "frame": 3, "label_id": 7, "group": 5, "source": "manual", "attributes": []}
     harness.server.data[6]["tags"].append(tag)
     harness.track()
 
-    assert {one["group"] for one in harness.server.shapes(6)} == {6}
+    assert {obj["group"] for obj in harness.server.shapes(6)} == {6}
 
 
 def test_a_dry_run_changes_nothing(
     harness: TaskHarness, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It says what would be made of what, and asks for no frame."""
+    """It prints what would be written, and asks for no frame."""
     number = harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     before = harness.server.annotations(6)
     code = harness.track("--dry-run")
@@ -204,7 +204,7 @@ def test_a_dry_run_changes_nothing(
 def test_a_summary_and_a_contact_sheet(
     harness: TaskHarness, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Frames, speed, and how often each object was lost."""
+    """The command prints frames, speed and how often each object was lost."""
     harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     client = MovingTrackingClient(lost=lambda _, frame: frame in {3, 4})
     harness.track("--out", str(tmp_path / "out"), client=client)
@@ -216,15 +216,15 @@ def test_a_summary_and_a_contact_sheet(
         assert sheet.width == 4 * 480
 
 
-def test_the_bar_tells_frame_objects_lost_and_speed(
+def test_the_progress_bar_shows_frame_objects_lost_and_speed(
     harness: TaskHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For whoever waits."""
+    """As a run takes long."""
     screen = io.StringIO()
 
     class Bar(tqdm):  # type: ignore[type-arg]
         def __init__(self, *, disable: bool | None, **options: Any) -> None:
-            del disable  # as there is no terminal here
+            del disable  # it is on only in a terminal
             super().__init__(file=screen, mininterval=0, ncols=200, **options)
 
     monkeypatch.setattr(loop, "tqdm", Bar)
@@ -246,7 +246,7 @@ def test_the_bar_tells_frame_objects_lost_and_speed(
 def test_every_kind_of_task_gives_the_right_frames(
     harness_for: Callable[[Task], TaskHarness], *, video: bool, options: list[str]
 ) -> None:
-    """Videos and images, with a first frame, a frame step and deleted frames."""
+    """Of videos and images, with a first frame, a frame step and deleted frames."""
     task = Task(frames_of(12), video=video, start=7, step=3, deleted=[2, 5, 6, 8], chunk_size=5)
     harness = harness_for(task)
     for frame in (0, 11):
@@ -264,7 +264,7 @@ def test_every_kind_of_task_gives_the_right_frames(
 def test_honeypots_are_skipped_and_such_tasks_get_shapes(
     harness_for: Callable[[Task], TaskHarness], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """CVAT refuses tracks there, and another picture would confuse the tracker."""
+    """CVAT takes no tracks there, and a frame of another scene would mislead the tracker."""
     harness = harness_for(Task(frames_of(12), video=False, honeypots=[3, 9]))
     harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     client = MovingTrackingClient()
@@ -273,13 +273,13 @@ def test_honeypots_are_skipped_and_such_tasks_get_shapes(
 
     assert code == 0
     assert client.seen == [frame for frame in range(12) if frame not in {3, 9}]
-    assert [one["frame"] for one in shapes] == client.seen
-    assert len({one["group"] for one in shapes}) == 1
+    assert [obj["frame"] for obj in shapes] == client.seen
+    assert len({obj["group"] for obj in shapes}) == 1
     assert "skipped: 2 honeypot frames (3, 9)" in capsys.readouterr().out
 
 
 def test_the_next_chunk_is_fetched_while_the_model_works(harness: TaskHarness) -> None:
-    """The model, on the first frame of a chunk, waits until the next one was asked for."""
+    """The model waits on the first frame of a chunk until the next chunk was asked for."""
     asked = {index: threading.Event() for index in range(3)}
     seen = []
 
@@ -302,7 +302,7 @@ def test_the_next_chunk_is_fetched_while_the_model_works(harness: TaskHarness) -
 def test_a_ground_truth_job_gives_only_its_own_frames(
     harness_for: Callable[[Task], TaskHarness], *, video: bool
 ) -> None:
-    """Its chunks hold no others; a frame between them may have another size."""
+    """Its chunks hold no other frames; a frame between them may have another size."""
     frames = frames_of(12)
     if not video:
         frames[0] = frames[5] = np.zeros((30, 30, 3), np.uint8)
@@ -343,7 +343,7 @@ def overlapping(overlap: int = 3) -> Task:
 def test_a_task_goes_job_by_job(
     harness_for: Callable[[Task], TaskHarness], *, overlap: int, backwards: bool
 ) -> None:
-    """Every job has all of its frames, and shared frames are the same in both."""
+    """Every job gets results on all of its frames, the same on frames that two jobs share."""
     task = overlapping(overlap)
     harness = harness_for(task)
     ranges = task.ranges()
@@ -362,20 +362,20 @@ def test_a_task_goes_job_by_job(
         (track,) = harness.server.tracks(number)
         masks = harness.server.shapes(number)
         assert visible(track) == dict.fromkeys(frames, True)
-        assert [one["frame"] for one in masks] == list(frames)
+        assert [obj["frame"] for obj in masks] == list(frames)
         for key in track["shapes"]:
             assert key["points"] == moved_by("polygon", POLYGON, key["frame"] - begin)
-        for one in masks:
-            assert one["points"] == moved_by("mask", MASK, one["frame"] - begin)
+        for obj in masks:
+            assert obj["points"] == moved_by("mask", MASK, obj["frame"] - begin)
         assert track["attributes"] == [{"spec_id": 1, "value": "big"}]
-        groups |= {one["group"] for one in masks}
+        groups |= {obj["group"] for obj in masks}
     assert groups == {1}
 
 
 def test_a_task_run_again_replaces_its_own_results(
     harness_for: Callable[[Task], TaskHarness],
 ) -> None:
-    """No job gets a second track of an object it has."""
+    """No job gets a second track of an object."""
     harness = harness_for(overlapping())
     harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     harness.server.add(6, "shapes", **shape("mask", MASK))
@@ -384,15 +384,15 @@ def test_a_task_run_again_replaces_its_own_results(
     harness.track("--task", "6")
     after = [harness.server.annotations(job) for job in harness.server.data]
 
-    for one, other in zip(before, after, strict=True):
+    for obj, other in zip(before, after, strict=True):
         for kind in ("shapes", "tracks"):
-            assert without_ids(one[kind]) == without_ids(other[kind])
+            assert without_ids(obj[kind]) == without_ids(other[kind])
 
 
 def test_what_somebody_drew_in_the_next_job_is_left_alone(
     harness_for: Callable[[Task], TaskHarness], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An object that is there already is not doubled."""
+    """An object that exists already is not doubled."""
     harness = harness_for(overlapping())
     harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     theirs = moved_by("polygon", POLYGON, 7)
@@ -407,10 +407,10 @@ def test_what_somebody_drew_in_the_next_job_is_left_alone(
     assert "somebody has drawn it in job 7: left alone" in capsys.readouterr().err
 
 
-def test_an_object_lost_at_the_overlap_is_handed_over_when_found(
+def test_an_object_lost_on_the_shared_frames_begins_where_it_is_found(
     harness_for: Callable[[Task], TaskHarness],
 ) -> None:
-    """Its track in the next job begins where it is seen."""
+    """Its track in the next job has no earlier keyframes."""
     harness = harness_for(overlapping())
     harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     client = MovingTrackingClient(lost=lambda _, frame: 6 <= frame <= 12)
@@ -421,7 +421,7 @@ def test_an_object_lost_at_the_overlap_is_handed_over_when_found(
     assert visible(harness.server.tracks(6)[0])[9] is False
 
 
-def test_a_job_without_objects_is_passed_over(harness_for: Callable[[Task], TaskHarness]) -> None:
+def test_a_job_without_objects_is_skipped(harness_for: Callable[[Task], TaskHarness]) -> None:
     """The run begins in the first job that has any."""
     harness = harness_for(overlapping())
     harness.server.add(7, "shapes", **shape("polygon", POLYGON, frame=12))
@@ -432,10 +432,10 @@ def test_a_job_without_objects_is_passed_over(harness_for: Callable[[Task], Task
     assert visible(harness.server.tracks(8)[0]) == dict.fromkeys(range(14, 24), True)
 
 
-def test_a_job_whose_frames_are_all_deleted_is_passed_over(
+def test_a_job_whose_frames_are_all_deleted_is_skipped(
     harness_for: Callable[[Task], TaskHarness],
 ) -> None:
-    """The objects go on in the job behind it."""
+    """The objects are tracked on in the next job."""
     task = Task(frames_of(12), segment_size=4, overlap=0, deleted=range(4, 8))
     harness = harness_for(task)
     harness.server.add(6, "shapes", **shape("polygon", POLYGON))

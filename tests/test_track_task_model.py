@@ -1,4 +1,4 @@
-"""The command with the real client: the masks of every other door, and a process that is killed."""
+"""`track_task.py` with a real model: masks as of a video file, and a process that is killed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PROMPTS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Picture]:
-    """The frames of a clip."""
+    """Frames of a clip."""
     return [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in jpeg_frames(FRAMES)]
 
 
@@ -52,7 +52,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, weights: dict[str, str]) -> None:
-    """Make both command lines, and what they start, use it."""
+    """Make both command lines use it, also as processes."""
     for name, value in weights.items():
         monkeypatch.setenv(name, value)
 
@@ -71,32 +71,35 @@ def command(server: CvatServer, *options: str) -> list[str]:
     return ["--server", server.url, "--auth", f"{USER}:{PASSWORD}", *options]
 
 
-Places = dict[tuple[str, int], tuple[bool, list[float]]]
+Keyframes = dict[tuple[str, int], tuple[bool, list[float]]]  # (outside, points) by type and frame
 
 
-def places_on(server: CvatServer, job: int) -> Places:
-    """Return by type and frame whether an object is there, and its points where it is."""
-    places: Places = {}
+def keyframes_on(server: CvatServer, job: int) -> Keyframes:
+    """Return what the server has of a job."""
+    keyframes: Keyframes = {}
     for track in server.tracks(job):
         for key in track["shapes"]:
             points = [] if key["outside"] else key["points"]
-            places[key["type"], key["frame"]] = key["outside"], points
-    for one in server.shapes(job):
-        places[one["type"], one["frame"]] = False, one["points"]
-    return places
+            keyframes[key["type"], key["frame"]] = key["outside"], points
+    for obj in server.shapes(job):
+        keyframes[obj["type"], obj["frame"]] = False, obj["points"]
+    return keyframes
 
 
-def places_in(path: Path) -> Places:
-    """Return the same of what `track_video.py` wrote."""
-    places: Places = {}
+def keyframes_in(path: Path) -> Keyframes:
+    """Return what `track_video.py` wrote."""
+    keyframes: Keyframes = {}
     types = {"box": "rectangle"}
     for element in defusedxml.ElementTree.fromstring(path.read_text()).iter():
         if "frame" not in element.attrib or element.tag == "track":
             continue
         outside = element.attrib["outside"] == "1"
         points = [] if outside else [float(value) for value in _read_points(element)]
-        places[types.get(element.tag, element.tag), int(element.attrib["frame"])] = outside, points
-    return places
+        keyframes[types.get(element.tag, element.tag), int(element.attrib["frame"])] = (
+            outside,
+            points,
+        )
+    return keyframes
 
 
 @pytest.mark.parametrize(("video", "overlap"), [(True, 3), (False, 3), (True, 0)])
@@ -108,7 +111,7 @@ def test_masks_are_those_of_a_video_file(
     video: bool,
     overlap: int,
 ) -> None:
-    """For every type of shape, through two jobs and several chunks: one client, two doors."""
+    """For every type of shape, through two jobs and several chunks."""
     task = Task(pictures, video=video, segment_size=6, overlap=overlap)
     server = harness_for(task).server
     draw(server)
@@ -121,28 +124,28 @@ def test_masks_are_those_of_a_video_file(
     (tmp_path / "shapes.json").write_text(json.dumps(PROMPTS))
     out = tmp_path / "out"
     track_video.main([str(clip), "--shapes", str(tmp_path / "shapes.json"), "--out", str(out)])
-    expected = places_in(out / "annotations.xml")
+    expected = keyframes_in(out / "annotations.xml")
 
     assert code == 0
-    found = [place for place in expected.values() if not place[0]]
+    found = [points for outside, points in expected.values() if not outside]
     assert len(found) > 2 * FRAMES  # the test model loses some
     for job, frames in task.ranges().items():
-        wanted = {key: place for key, place in expected.items() if key[1] in frames}
-        answered = places_on(server, job)
-        for key, (outside, points) in wanted.items():
-            # A track that is not seen in the job yet does not say so.
+        in_job = {key: value for key, value in expected.items() if key[1] in frames}
+        answered = keyframes_on(server, job)
+        for key, (outside, points) in in_job.items():
+            # A track has no keyframes before the object is seen in the job.
             answer = answered.pop(key, (True, []))
             assert answer[0] == outside, key
-            # The file has two digits behind the point; masks are whole numbers.
+            # The file has two decimal places.
             np.testing.assert_allclose(answer[1], points, rtol=0, atol=0.011)
-        # What is left closes a track behind its end.
+        # The remaining keyframes end a track after the last frame.
         assert all(outside for outside, _ in answered.values())
 
 
 def test_a_running_function_gives_the_same(
     pictures: list[Picture], harness_for: Callable[[Task], TaskHarness]
 ) -> None:
-    """`--url` and this process write the same annotations."""
+    """With `--url` the same annotations are written as with a model in this process."""
     replica = ForkedReplica(dict(os.environ))
     try:
         replica.wait()
@@ -169,7 +172,7 @@ def test_a_killed_process_loses_one_batch_at_most(
     action: str,
     begin: int,
 ) -> None:
-    """Killed before its second batch arrives, or before it knows it did: no hole, no double."""
+    """Before its second batch arrives, or before it knows that it did. Nothing is doubled."""
     server = harness_for(Task(pictures)).server
     draw(server)
     root = Path(track_task.__file__).parent
@@ -189,13 +192,13 @@ def test_a_killed_process_loses_one_batch_at_most(
     killed = process.wait(250)
     setattr(server, moment, lambda _: None)
     again = subprocess.run(start, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
-    masks = [one["frame"] for one in server.shapes(6)]
+    masks = [obj["frame"] for obj in server.shapes(6)]
     tracks = server.tracks(6)
 
     assert killed == -signal.SIGKILL
     assert f"going on after frame {begin}" in again.stdout
     assert masks == sorted(set(masks))
-    assert {one["type"] for one in server.shapes(6)} == {"mask"}
+    assert {obj["type"] for obj in server.shapes(6)} == {"mask"}
     assert sorted(track["shapes"][0]["type"] for track in tracks) == [
         "ellipse",
         "polygon",

@@ -1,4 +1,4 @@
-"""A run that is disturbed loses nothing, doubles nothing, and says in one line what is wrong."""
+"""A disturbed run loses nothing, doubles nothing, and says in one line what is wrong."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def two_jobs() -> Task:
 
 
 def draw(server: CvatServer) -> None:
-    """Draw a polygon and a mask, and what is nobody's business."""
+    """Draw a polygon and a mask, and a rectangle that is not to be tracked."""
     server.add(6, "shapes", **shape("polygon", POLYGON))
     server.add(6, "shapes", **shape("mask", MASK))
     server.add(6, "shapes", **shape("rectangle", [1, 1, 5, 5], frame=4, label_id=7, attributes=[]))
@@ -59,7 +59,7 @@ def everything(server: CvatServer) -> list[Any]:
 
 @pytest.fixture
 def undisturbed(harness_for: Callable[[Task], TaskHarness]) -> list[Any]:
-    """What a run leaves that nobody disturbs."""
+    """The annotations after a run that nobody disturbs."""
     harness = harness_for(two_jobs())
     draw(harness.server)
     assert harness.track("--task", "6", "--batch", "4") == 0
@@ -71,10 +71,10 @@ def undisturbed(harness_for: Callable[[Task], TaskHarness]) -> list[Any]:
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("nth", range(9))
-def test_a_repeat_ends_as_if_nothing_had_happened(
+def test_a_repeat_gives_the_same_as_an_undisturbed_run(
     harness_for: Callable[[Task], TaskHarness], undisturbed: list[Any], nth: int, moment: str
 ) -> None:
-    """Wherever the server is lost: before it writes, or when it has written and cannot say so."""
+    """Whether the server fails before it writes, or after it has written and before it answers."""
     harness = harness_for(two_jobs())
     draw(harness.server)
     writes = 0
@@ -96,14 +96,14 @@ def test_a_repeat_ends_as_if_nothing_had_happened(
     assert everything(harness.server) == undisturbed
     assert client.seen == sorted(set(client.seen))
     assert client.seen[-1] == 16
-    # What stands is not tracked again: four frames in each two writes of a job.
+    # What is written is not tracked again: a batch of four frames takes two writes.
     assert client.seen[0] >= {0: 0, 1: 0, 2: 4, 3: 4, 4: 8, 5: 8}.get(nth, 8)
 
 
 def test_a_repeat_may_write_more_or_less_often(
     harness_for: Callable[[Task], TaskHarness], undisturbed: list[Any]
 ) -> None:
-    """Another `--batch` is no other run: what was half written is brought to its end."""
+    """Another `--batch` is the same run: a half-written batch is completed."""
     harness = harness_for(two_jobs())
     draw(harness.server)
     lost: list[Call] = []
@@ -127,7 +127,7 @@ def test_ctrl_c_writes_what_is_found_and_a_repeat_goes_on(
     undisturbed: list[Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The frame in flight is the last one."""
+    """The frame that is being tracked is the last one."""
     harness = harness_for(two_jobs())
     draw(harness.server)
 
@@ -169,13 +169,13 @@ def test_a_second_ctrl_c_ends_at_once_and_loses_one_batch(
     assert "goes on after the last batch" in capsys.readouterr().err
     assert client.seen == list(range(4, 12))
     assert visible(harness.server.tracks(6)[0]) == dict.fromkeys(range(12), True)
-    assert [one["frame"] for one in harness.server.shapes(6, type="mask")] == list(range(12))
+    assert [obj["frame"] for obj in harness.server.shapes(6, type="mask")] == list(range(12))
 
 
 def test_an_object_lost_when_interrupted_is_taken_up_where_it_was_seen(
     harness: TaskHarness,
 ) -> None:
-    """The frames since then are looked at again, and nothing is written to them twice."""
+    """The frames since then are tracked again, and nothing is written on them twice."""
     draw(harness.server)
 
     def interrupt(frame: int) -> None:
@@ -191,12 +191,12 @@ def test_an_object_lost_when_interrupted_is_taken_up_where_it_was_seen(
 
     assert client.seen == list(range(3, 12))
     assert [start[0] for start in client.starts] == [3, 7]
-    masks = [one["frame"] for one in harness.server.shapes(6, type="mask")]
+    masks = [obj["frame"] for obj in harness.server.shapes(6, type="mask")]
     assert masks == [0, 1, 2, 3, 9, 10, 11]
 
 
 def test_a_correction_before_the_repeat_counts(harness: TaskHarness) -> None:
-    """It goes on from where the annotator has put the object."""
+    """It goes on from the corrected position."""
     draw(harness.server)
 
     def interrupt(frame: int) -> None:
@@ -215,10 +215,10 @@ def test_a_correction_before_the_repeat_counts(harness: TaskHarness) -> None:
     assert keyframes[6]["points"] == moved_by("polygon", moved, 1)
 
 
-def test_a_repeat_says_what_is_gone(
+def test_a_repeat_names_deleted_objects(
     harness: TaskHarness, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A track that somebody has deleted since is not made again."""
+    """A track that somebody has deleted since is not written again."""
     draw(harness.server)
 
     def interrupt(frame: int) -> None:
@@ -237,7 +237,7 @@ def test_a_repeat_says_what_is_gone(
 def test_a_repeat_in_the_next_job_knows_the_size_of_the_frame_before(
     harness_for: Callable[[Task], TaskHarness],
 ) -> None:
-    """The journal stands on the last frame of a job that shares none with the next."""
+    """The journal ends on the last frame of a job that shares no frame with the next."""
     frames = [*frames_of(11), np.zeros((30, 30, 3), np.uint8)]
     harness = harness_for(Task(frames, video=False, segment_size=6))
     harness.server.add(6, "shapes", **shape("polygon", POLYGON))
@@ -251,7 +251,7 @@ def test_a_repeat_in_the_next_job_knows_the_size_of_the_frame_before(
 
 
 def test_restart_begins_anew(harness: TaskHarness, capsys: pytest.CaptureFixture[str]) -> None:
-    """A batch that was half written is brought to its end, and then all is replaced."""
+    """A half-written batch is completed, and then everything is replaced."""
     draw(harness.server)
     lost: list[Call] = []
 
@@ -276,7 +276,7 @@ def test_restart_begins_anew(harness: TaskHarness, capsys: pytest.CaptureFixture
     assert unchanged == half_written
     assert client.seen == list(range(12))
     assert len(harness.server.tracks(6)) == 1
-    assert [one["frame"] for one in harness.server.shapes(6, type="mask")] == list(range(12))
+    assert [obj["frame"] for obj in harness.server.shapes(6, type="mask")] == list(range(12))
     assert not harness.server.shapes(6, type="polygon")
 
 
@@ -299,42 +299,42 @@ def test_a_journal_of_another_version_is_ignored(harness: TaskHarness, tmp_path:
     assert client.seen == list(range(12))
 
 
-def test_a_failing_engine_keeps_what_was_found(
+def test_what_was_found_before_the_client_fails_is_written(
     harness: TaskHarness, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its reason is the line that is printed."""
+    """The client's message is printed."""
     draw(harness.server)
 
     def fail(frame: int) -> None:
         if frame == 6:
-            raise TrackerError("the function has gone")
+            raise TrackerError("the function has stopped")
 
     code = harness.track(client=MovingTrackingClient(on_frame=fail))
 
     assert code == 1
-    assert "the function has gone" in capsys.readouterr().err
+    assert "the function has stopped" in capsys.readouterr().err
     assert visible(harness.server.tracks(6)[0]) == dict.fromkeys(range(6), True) | {6: False}
 
 
 # ---------------------------------------------------------------------- the server and others
 
 
-def test_nothing_is_deleted_before_its_replacement_stands(harness: TaskHarness) -> None:
-    """At no moment is a frame without an object that it had."""
+def test_nothing_is_deleted_before_its_replacement_exists(harness: TaskHarness) -> None:
+    """At no moment does a frame lack an object that it had."""
     draw(harness.server)
     covered: list[set[int]] = []
 
     def look(_: Call) -> None:
         frames = {key["frame"] for track in harness.server.tracks(6) for key in track["shapes"]}
-        frames |= {one["frame"] for one in harness.server.shapes(6, type="polygon")}
-        masks = {one["frame"] for one in harness.server.shapes(6, type="mask")}
+        frames |= {obj["frame"] for obj in harness.server.shapes(6, type="polygon")}
+        masks = {obj["frame"] for obj in harness.server.shapes(6, type="mask")}
         covered.extend([frames, masks])
 
     harness.server.before = harness.server.after = look
     harness.track("--batch", "3")
     harness.track("--batch", "3", "--from-frame", "2")
 
-    # The marker behind a track's end moves on with it, and one frame may be left out for it.
+    # The keyframe that ends a track moves on with each batch, which may leave a frame out.
     for kind in (covered[0::2], covered[1::2]):
         for before, after in itertools.pairwise(kind):
             assert before <= after | {max(before)}
@@ -345,7 +345,7 @@ def test_nothing_is_deleted_before_its_replacement_stands(harness: TaskHarness) 
 def test_a_server_that_fails_once_is_asked_again_and_nothing_is_doubled(
     harness_for: Callable[[Task], TaskHarness], undisturbed: list[Any], moment: str
 ) -> None:
-    """Also when it had done what it could not confirm."""
+    """Also when it had done what it was asked but could not answer."""
     harness = harness_for(two_jobs())
     draw(harness.server)
     failed: set[tuple[str, str, str]] = set()
@@ -363,10 +363,10 @@ def test_a_server_that_fails_once_is_asked_again_and_nothing_is_doubled(
     assert len(failed) > 10
 
 
-def test_what_somebody_changes_meanwhile_is_theirs(
+def test_an_object_that_somebody_changes_meanwhile_is_left_alone(
     harness: TaskHarness, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The changed object is left alone, the others go on; what is new stays."""
+    """The others are tracked on, and a new object stays."""
     draw(harness.server)
     harness.server.add(6, "shapes", **shape("ellipse", [40, 40, 50, 30]))
     theirs: list[Json] = []
@@ -374,9 +374,9 @@ def test_what_somebody_changes_meanwhile_is_theirs(
     def annotate(frame: int) -> None:
         if frame == 6:
             track = next(
-                one
-                for one in harness.server.data[6]["tracks"]
-                if one["shapes"][0]["type"] == "polygon"
+                obj
+                for obj in harness.server.data[6]["tracks"]
+                if obj["shapes"][0]["type"] == "polygon"
             )
             track["shapes"][2]["points"] = moved_by("polygon", POLYGON, 40)
             theirs.append(without_ids(track))
@@ -384,19 +384,19 @@ def test_what_somebody_changes_meanwhile_is_theirs(
 
     code = harness.track("--batch", "4", client=MovingTrackingClient(on_frame=annotate))
     tracks = harness.server.tracks(6)
-    polygon, ellipse = sorted(tracks, key=lambda one: one["shapes"][0]["type"], reverse=True)
+    polygon, ellipse = sorted(tracks, key=lambda obj: obj["shapes"][0]["type"], reverse=True)
 
     assert code == 0
     assert polygon["shapes"][2]["points"] == moved_by("polygon", POLYGON, 40)
     assert visible(polygon) == dict.fromkeys(range(5), True) | {5: False}
     assert visible(ellipse) == dict.fromkeys(range(12), True)
-    assert [one["frame"] for one in harness.server.shapes(6, type="mask")] == list(range(12))
+    assert [obj["frame"] for obj in harness.server.shapes(6, type="mask")] == list(range(12))
     assert len(harness.server.shapes(6, type="polygon", frame=8)) == 1
     assert "child was changed by somebody after frame 4: left alone" in capsys.readouterr().err
 
 
 def test_what_somebody_deletes_meanwhile_stays_deleted(harness: TaskHarness) -> None:
-    """An object that is not wanted any more does not come back."""
+    """The object is not written again."""
     harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     client = MovingTrackingClient(
         on_frame=lambda frame: (
@@ -415,7 +415,7 @@ def test_what_somebody_deletes_meanwhile_stays_deleted(harness: TaskHarness) -> 
 def test_what_somebody_changes_while_it_is_written_stays(
     harness: TaskHarness, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Between the creating of its replacement and the deleting; a line says so."""
+    """After its replacement is created and before it is deleted; a line says so."""
     number = harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     corrected = moved_by("polygon", POLYGON, 3)
 
@@ -427,7 +427,7 @@ def test_what_somebody_changes_while_it_is_written_stays(
     code = harness.track("--batch", "4")
 
     assert code == 0
-    assert [one["points"] for one in harness.server.shapes(6, id=number)] == [corrected]
+    assert [obj["points"] for obj in harness.server.shapes(6, id=number)] == [corrected]
     assert len(harness.server.tracks(6)) == 1
     assert "1 annotations were changed by somebody while" in capsys.readouterr().err
 
@@ -435,7 +435,7 @@ def test_what_somebody_changes_while_it_is_written_stays(
 def test_a_server_that_finishes_what_a_proxy_gave_up_doubles_nothing(
     harness_for: Callable[[Task], TaskHarness], undisturbed: list[Any]
 ) -> None:
-    """The first attempt is done only while the second one is."""
+    """The server carries out the first attempt during the second one."""
     harness = harness_for(two_jobs())
     draw(harness.server)
     late: list[Call] = []
@@ -456,25 +456,25 @@ def test_a_server_that_finishes_what_a_proxy_gave_up_doubles_nothing(
 
 
 def test_an_earlier_shape_that_somebody_corrects_meanwhile_stays(harness: TaskHarness) -> None:
-    """Its frame is left to it."""
+    """No other shape is written on its frame."""
     harness.server.add(6, "shapes", **shape("mask", MASK))
     harness.track()
     corrected = moved_by("mask", MASK, 2)
 
     def correct(frame: int) -> None:
         if frame == 5:
-            (there,) = (one for one in harness.server.data[6]["shapes"] if one["frame"] == 9)
-            there["points"] = corrected
+            (mask,) = (obj for obj in harness.server.data[6]["shapes"] if obj["frame"] == 9)
+            mask["points"] = corrected
 
     harness.track("--batch", "4", client=MovingTrackingClient(on_frame=correct))
     masks = harness.server.shapes(6)
 
-    assert [one["frame"] for one in masks] == list(range(12))
-    assert [one["frame"] for one in masks if one["points"] == corrected] == [2, 9]
+    assert [obj["frame"] for obj in masks] == list(range(12))
+    assert [obj["frame"] for obj in masks if obj["points"] == corrected] == [2, 9]
 
 
 def test_a_chunk_that_does_not_come_keeps_what_was_found(harness: TaskHarness) -> None:
-    """The frames before it are written, and a repeat begins behind them."""
+    """The frames before it are written, and a repeat begins after them."""
     draw(harness.server)
 
     def refuse(call: Call) -> None:
@@ -495,7 +495,7 @@ def test_a_chunk_that_does_not_come_keeps_what_was_found(harness: TaskHarness) -
     assert visible(harness.server.tracks(6)[0]) == dict.fromkeys(range(12), True)
 
 
-# ---------------------------------------------------------------------- in one line
+# ---------------------------------------------------------------------- messages
 
 
 @pytest.mark.parametrize(
@@ -536,7 +536,7 @@ def test_errors_of_the_server(
 def test_errors_of_writing(
     harness: TaskHarness, capsys: pytest.CaptureFixture[str], status: int, code: int
 ) -> None:
-    """Nothing is changed, and what was tracked is not tracked in silence to the end."""
+    """Nothing is changed, and the run ends at the first batch that fails."""
     draw(harness.server)
     before = harness.server.annotations(6)
 
@@ -593,13 +593,13 @@ def test_a_server_that_takes_no_connection_is_given_up_soon(
     assert err.count("\n") == 1
 
 
-def test_a_certificate_of_its_own(
+def test_a_self_signed_certificate(
     monkeypatch: pytest.MonkeyPatch,
     harness: TaskHarness,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Refused with 7, taken with --insecure or when it is named."""
+    """It is refused with exit code 7, but taken with --insecure or SSL_CERT_FILE."""
     del harness  # only its environment
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     both = tmp_path / "both.pem"
@@ -636,10 +636,10 @@ def test_a_certificate_of_its_own(
         (["--from-frame", "4", "--to-frame", "2"], "--backwards tracks towards frame 0"),
     ],
 )
-def test_what_cannot_be_done(
+def test_options_that_do_not_fit_the_task(
     harness: TaskHarness, capsys: pytest.CaptureFixture[str], options: list[str], words: str
 ) -> None:
-    """Exit code 1, and the line says what there is."""
+    """The exit code is 1, and the line says what could be done."""
     draw(harness.server)
 
     assert harness.track(*options) == 1
@@ -651,7 +651,7 @@ def test_what_cannot_be_done(
 def test_an_id_of_two_objects_needs_their_kind(
     harness: TaskHarness, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Shapes and tracks are numbered apart in CVAT."""
+    """Shapes and tracks are numbered separately in CVAT."""
     number = harness.server.add(6, "shapes", **shape("polygon", POLYGON))
     box = keyframe("rectangle", 0, [0, 0, 9, 9])
     assert harness.server.add(6, "tracks", frame=0, label_id=6, shapes=[box]) == number
@@ -665,7 +665,7 @@ def test_an_id_of_two_objects_needs_their_kind(
 def test_a_folder_that_cannot_be_made_stops_the_run_before_it_writes(
     harness: TaskHarness, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In one line."""
+    """The message is a single line."""
     draw(harness.server)
     before = harness.server.annotations(6)
     (tmp_path / "file").touch()
@@ -675,7 +675,7 @@ def test_a_folder_that_cannot_be_made_stops_the_run_before_it_writes(
     assert harness.server.annotations(6) == before
 
 
-def test_a_journal_that_cannot_be_kept_stops_the_run_before_it_writes(
+def test_a_journal_that_cannot_be_written_stops_the_run_before_it_writes(
     harness: TaskHarness,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -696,7 +696,7 @@ def test_a_journal_that_cannot_be_kept_stops_the_run_before_it_writes(
 
 
 def test_a_token_and_an_organisation(harness: TaskHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As cvat-cli takes them."""
+    """They are given as to cvat-cli."""
     draw(harness.server)
     monkeypatch.setenv("CVAT_ACCESS_TOKEN", TOKEN)
     code = track_task.main(
@@ -711,7 +711,7 @@ def test_a_token_and_an_organisation(harness: TaskHarness, monkeypatch: pytest.M
 def test_a_password_from_the_environment(
     harness: TaskHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PASS, so that it is in no list of processes."""
+    """In PASS, so that no list of processes shows it."""
     draw(harness.server)
     monkeypatch.setenv("PASS", PASSWORD)
 
@@ -722,7 +722,7 @@ def test_a_password_from_the_environment(
 
 
 def test_lists_are_read_to_their_last_page(harness_for: Callable[[Task], TaskHarness]) -> None:
-    """CVAT gives ten at a time: of labels, and of jobs."""
+    """CVAT answers ten labels or jobs at a time."""
     labels = [
         {"id": 10 + i, "name": f"label {i}", "attributes": [], "type": "any"} for i in range(12)
     ]

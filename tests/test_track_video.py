@@ -1,4 +1,4 @@
-"""The researcher's door: a clip and prompts in, CVAT XML, COCO tracks and pictures out."""
+"""`track_video.py`: a clip and initial shapes in, CVAT XML, COCO tracks and pictures out."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tracker import TrackedObject
 __all__ = ["start_replicas"]  # a fixture
 
 FRAMES = 8
-PROMPTS = [
+SHAPES = [
     {"label": "blob", "type": "mask", "points": encode_cvat_rle(blob_mask()), "frame": 0},
     {"label": "block", "type": "polygon", "points": [220, 40, 271, 40, 271, 101, 220, 101]},
     {"label": "box & co", "type": "rectangle", "points": [205, 40, 260, 105], "frame": 3},
@@ -54,9 +54,9 @@ def clip(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def shapes(tmp_path: Path) -> Path:
-    """Prompts of every type, on two frames."""
+    """Initial shapes of every type, on two frames."""
     path = tmp_path / "shapes.json"
-    path.write_text(json.dumps(PROMPTS))
+    path.write_text(json.dumps(SHAPES))
     return path
 
 
@@ -67,8 +67,13 @@ def environment(monkeypatch: pytest.MonkeyPatch, model_environment: dict[str, st
         monkeypatch.setenv(name, value)
 
 
-class ScriptedEngine:
-    """Answers a square that moves right; calls `on_frame` first, and loses it where told."""
+class ScriptedClient:
+    """Answers a square that moves to the right.
+
+    Args:
+        lost_at: Frames where it is lost.
+        on_frame: Called with each frame's number before it is tracked.
+    """
 
     def __init__(
         self,
@@ -80,7 +85,7 @@ class ScriptedEngine:
         self._number = -1
 
     def close(self) -> None:
-        """Hold nothing."""
+        """Do nothing."""
 
     def track(self, _frame: Image.Image, items: Sequence[Start | Continue]) -> list[TrackedObject]:
         """See `TrackingClient.track`."""
@@ -94,7 +99,7 @@ class ScriptedEngine:
 
 
 class LongClip:
-    """Any number of small frames, made as they are asked for."""
+    """A clip of any number of small frames."""
 
     fps = 25.0
 
@@ -119,7 +124,7 @@ SQUARE = InitialShape("square", Shape(ShapeType.POLYGON, [0, 5, 9, 5, 9, 14, 0, 
 def test_a_clip_becomes_annotations_tracks_and_pictures(
     clip: Path, shapes: Path, tmp_path: Path
 ) -> None:
-    """Every prompt is followed from its own frame on, and every file can be read back."""
+    """Every object is tracked from its own frame on, and every file can be read back."""
     out = tmp_path / "out"
     code = track_video.main([str(clip), "--shapes", str(shapes), "--out", str(out)])
     tracks = tracks_in(out / "annotations.xml")
@@ -164,9 +169,9 @@ def test_a_running_function_finds_the_same_masks(
 
 
 def test_a_track_that_ends_early_is_closed_and_a_lost_object_is_outside(tmp_path: Path) -> None:
-    """CVAT would otherwise draw the last shape on until the end of the clip."""
+    """CVAT would otherwise show the last shape until the end of the clip."""
     outcome = track_clip(
-        LongClip(20), [SQUARE], ScriptedEngine(lost_at=[3, 4]), tmp_path, last_frame=6
+        LongClip(20), [SQUARE], ScriptedClient(lost_at=[3, 4]), tmp_path, last_frame=6
     )
     (track,) = tracks_in(tmp_path / "annotations.xml")
     outside = [(int(shape.attrib["frame"]), shape.attrib["outside"]) for shape in track]
@@ -181,14 +186,14 @@ SQUARE_AS_FOUND = InitialShape(
 )
 
 
-def test_interrupting_keeps_what_is_done(tmp_path: Path) -> None:
+def test_what_was_tracked_before_an_interruption_is_written(tmp_path: Path) -> None:
     """Ctrl-C on frame 5 leaves complete files of frames 0 to 4."""
 
     def interrupt(number: int) -> None:
         if number == 5:
             raise KeyboardInterrupt
 
-    outcome = track_clip(LongClip(20), [SQUARE], ScriptedEngine(on_frame=interrupt), tmp_path)
+    outcome = track_clip(LongClip(20), [SQUARE], ScriptedClient(on_frame=interrupt), tmp_path)
     found = json.loads((tmp_path / "tracks.json").read_text())["annotations"]
 
     assert outcome.interrupted
@@ -201,7 +206,7 @@ def test_interrupting_keeps_what_is_done(tmp_path: Path) -> None:
 def test_interrupting_does_not_wait_for_a_running_function(
     tmp_path: Path, *, is_busy: bool
 ) -> None:
-    """Neither for its answer nor for the pause before a repeat; what is done is kept."""
+    """Neither for its answer nor for the pause before a repeat; what was tracked is written."""
     hold = Hold()
     function = FunctionStub()
 
@@ -253,7 +258,7 @@ def test_memory_does_not_grow_with_the_clip(tmp_path: Path) -> None:
 
     def peak_bytes(frames: int) -> int:
         tracemalloc.start()
-        track_clip(LongClip(frames), [SQUARE], ScriptedEngine(), tmp_path / str(frames))
+        track_clip(LongClip(frames), [SQUARE], ScriptedClient(), tmp_path / str(frames))
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return peak
@@ -282,10 +287,10 @@ def test_a_video_file_is_read_in_both_directions(tmp_path: Path, *, backwards: b
     assert read == [(number, number) for number in expected]
 
 
-def test_backwards_tracks_stand_in_the_order_of_the_clip(clip: Path, tmp_path: Path) -> None:
-    """A track from frame 5 down to 2 is written from 2 up, and closed behind 5."""
-    prompt = InitialShape("square", SQUARE.shape, 5)
-    track_clip(open_clip(clip), [prompt], ScriptedEngine(), tmp_path, last_frame=2, backwards=True)
+def test_backwards_tracks_are_written_in_the_order_of_the_clip(clip: Path, tmp_path: Path) -> None:
+    """A track from frame 5 down to 2 is written from 2 up, and ends after 5."""
+    initial = InitialShape("square", SQUARE.shape, 5)
+    track_clip(open_clip(clip), [initial], ScriptedClient(), tmp_path, last_frame=2, backwards=True)
     (track,) = tracks_in(tmp_path / "annotations.xml")
 
     assert [shape.attrib["frame"] for shape in track] == ["2", "3", "4", "5", "6"]
@@ -312,7 +317,7 @@ def test_frames_of_a_folder_come_in_natural_order(tmp_path: Path) -> None:
         ("[1]", "entry 0"),
     ],
 )
-def test_malformed_prompts_are_refused_with_their_place(
+def test_malformed_initial_shapes_are_refused_with_their_index(
     tmp_path: Path, text: str, message: str
 ) -> None:
     """The message names the file, the entry and what is expected."""
@@ -341,11 +346,11 @@ def test_malformed_xml_is_refused(tmp_path: Path, text: str) -> None:
     [
         ({"last_frame": 99}, "last frame 99 does not lie between 0 and 19"),
         (
-            {"prompts": [InitialShape("late", SQUARE.shape, 20)]},
+            {"initial_shapes": [InitialShape("late", SQUARE.shape, 20)]},
             "late starts on frame 20: .* has 20",
         ),
         (
-            {"prompts": [SQUARE, InitialShape("late", SQUARE.shape, 15)], "last_frame": 5},
+            {"initial_shapes": [SQUARE, InitialShape("late", SQUARE.shape, 15)], "last_frame": 5},
             "late starts on frame 15, behind the last frame 5",
         ),
     ],
@@ -354,10 +359,10 @@ def test_frames_outside_the_clip_are_refused(
     tmp_path: Path, arguments: dict[str, Any], message: str
 ) -> None:
     """Before anything is tracked or written."""
-    prompts = arguments.pop("prompts", [SQUARE])
+    initial_shapes = arguments.pop("initial_shapes", [SQUARE])
 
     with pytest.raises(BadRequestError, match=message):
-        track_clip(LongClip(20), prompts, ScriptedEngine(), tmp_path / "out", **arguments)
+        track_clip(LongClip(20), initial_shapes, ScriptedClient(), tmp_path / "out", **arguments)
 
     assert not (tmp_path / "out").exists()
 
@@ -374,7 +379,7 @@ def test_the_command_line_says_what_is_wrong_in_one_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_masks_written_are_read_back_as_one_prompt_each(tmp_path: Path) -> None:
+def test_written_masks_are_read_back_as_one_initial_shape_each(tmp_path: Path) -> None:
     """Though CVAT's format holds a mask track as one element per frame."""
     writer = CvatXmlWriter(tmp_path / "a.xml", ["first", "second"], 5)
     mask = Shape(ShapeType.MASK, encode_cvat_rle(blob_mask()))
@@ -384,12 +389,12 @@ def test_masks_written_are_read_back_as_one_prompt_each(tmp_path: Path) -> None:
     writer.close()
     read = read_cvat_xml(tmp_path / "a.xml")
 
-    assert [(prompt.label, prompt.frame) for prompt in read] == [("first", 1), ("second", 1)]
+    assert [(initial.label, initial.frame) for initial in read] == [("first", 1), ("second", 1)]
     assert list(read[0].shape.points) == list(mask.points)
 
 
 def test_images_are_turned_as_their_exif_says(tmp_path: Path) -> None:
-    """As CVAT shows them, and as the function reads them."""
+    """As CVAT shows them, and as the function decodes them."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
