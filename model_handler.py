@@ -391,7 +391,7 @@ def inference(device: torch.device) -> Iterator[None]:
 
 
 def _layout(state: TrackState) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the distances to all remembered frames; objects with equal distances can share a batch."""
+    """Return the distances to all remembered frames; if they are equal, objects share a batch."""
     now = state.newest.step + 1
     return (
         tuple(now - frame.step for frame in state.conditioning),

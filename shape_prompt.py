@@ -24,8 +24,8 @@ def shape_to_prompt(model: ModelHandler, shape: Shape, size_hw: SizeHW) -> torch
     if shape.type is ShapeType.RECTANGLE:
         x1, y1, x2, y2 = box = rectangle_to_box(shape, size_hw)
         width, height = (x2 - x1) * side / size_hw[1], (y2 - y1) * side / size_hw[0]
-        # SAM 2 sees a box as its two corners, here nearly the same point: the bundled model makes no
-        # mask of it. It does make masks of boxes thinner than a pixel in one direction.
+        # SAM 2 sees a box as its two corners, here nearly the same point: the bundled model makes
+        # no mask of it. It does make masks of boxes thinner than a pixel in one direction.
         if width < 1 and height < 1:
             raise BadRequestError(
                 f"{_too_small(shape.type, side)}: it has {int(100 * width) / 100} x "

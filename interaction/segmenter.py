@@ -231,8 +231,8 @@ def build_segmenter(settings: Settings) -> Segmenter:
     """Load the model that the settings name, and warm it up for a click and a box.
 
     Raises:
-        SettingsError: See `model_loader.load_predictor`; or one frame does not fit into the device's
-            memory.
+        SettingsError: See `model_loader.load_predictor`; or a frame does not fit into the memory of
+            the device.
     """
     model, fingerprint = load_predictor(settings)
     segmenter = Segmenter(
