@@ -44,6 +44,7 @@ class NoNetwork:
 
     fingerprint = "0" * 32
     device = torch.device("cpu")
+    image_size = 1024
     obj_ptr_size = 256
 
     def __init__(self, memory_shape: tuple[int, int, int] = MEMORY_SHAPE_1024) -> None:
