@@ -33,6 +33,10 @@ ATTEMPTS = 5
 RETRY_WAIT = wait_exponential(multiplier=1, exp_base=3)  # 1, 3, 9 and 27 seconds
 
 
+# What OpenSSL says, by its version, when a server answers a TLS greeting with plain HTTP.
+NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")
+
+
 class CvatError(TrackerError):
     """The server does not do what was asked; `exit_code` is the command's, for scripts."""
 
@@ -315,6 +319,10 @@ def _translated(what: str) -> Iterator[None]:
     except urllib3.exceptions.HTTPError as err:
         cause = getattr(err, "reason", None) or err
         if isinstance(cause, urllib3.exceptions.SSLError):
+            if any(sign in str(cause) for sign in NO_TLS):
+                raise ServerUnavailableError(
+                    "the server speaks http, not https: begin its address with http://"
+                ) from err
             raise CertificateError(
                 f"the server's certificate is not trusted ({cause}): name its authority's file in "
                 "SSL_CERT_FILE, or switch the check off with --insecure"

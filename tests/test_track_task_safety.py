@@ -593,6 +593,20 @@ def test_a_server_that_takes_no_connection_is_given_up_soon(
     assert err.count("\n") == 1
 
 
+def test_a_server_that_speaks_http_is_not_a_matter_of_certificates(
+    harness: TaskHarness, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its address with https gets exit code 6 and what to write instead."""
+    address = harness.server.url.replace("http://", "https://")
+    options = ["--auth", f"{USER}:{PASSWORD}", "--job", "6", "--dry-run"]
+    code = track_task.main(["--server", address, *options])
+    err = capsys.readouterr().err
+
+    assert code == 6
+    assert "speaks http, not https: begin its address with http://" in err
+    assert err.count("\n") == 1
+
+
 def test_a_self_signed_certificate(
     monkeypatch: pytest.MonkeyPatch,
     harness: TaskHarness,
