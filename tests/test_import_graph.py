@@ -119,3 +119,10 @@ def test_imports_point_from_outer_folders_to_inner_ones(group: str) -> None:
 
     assert names
     assert {name: bad for name in names if (bad := GRAPH[name] & forbidden)} == {}
+
+
+def test_every_module_of_the_root_is_sorted() -> None:
+    """A new module has to be called core or wire, so that the rules apply to it."""
+    root = {path.stem for path in ROOT.glob("*.py")}
+
+    assert root == CORE | WIRE | COMMAND_LINES | {"settings"}
