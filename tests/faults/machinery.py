@@ -28,8 +28,6 @@ from testbed.forked_replica import ForkedReplica
 from testbed.functions import Replica, Reply, micro_environment
 from testbed.redis_server import RedisServer
 
-ROOT = Path(__file__).parent.parent
-MICRO_CONFIG = ROOT / "weights" / "micro" / "config.yaml"
 FRAMES = [base64_text(frame) for frame in jpeg_frames(40)]
 
 
